@@ -95,6 +95,7 @@ def _advise(options: argparse.Namespace) -> int:
     from distbench.tools.advise.case_files import write_case_files
     from distbench.tools.advise.kernels import Kernels
     from distbench.tools.advise.text import print_advice
+    from distbench.utils.signals import Interrupted
 
     if options.html and options.html == options.json:
         message = f"--html and --json: {options.html!r:.200} would hold the latter alone; name two files"
@@ -118,11 +119,11 @@ def _advise(options: argparse.Namespace) -> int:
         kernels, rows = Kernels(question.case), None if options.batches else recording
         advice = advise(question, steps, model, kernels, _notes(question), rows)
         made.append(advice)
-        failed = None
+        failed: BaseException | None = None
         if options.measure:
             try:
                 made[0] = advice = _measured(options, question, advice)
-            except DistbenchError as error:  # the advice stands without times
+            except (DistbenchError, Interrupted) as error:  # the advice stands without times
                 failed = error
         print_advice(advice)
         if options.cases:

@@ -16,6 +16,7 @@ from distbench.case.limits import Traffic, resolve_limit
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.cli.main import main
 from distbench.pipeline.inputs import workload_for
+from distbench.utils.signals import Interrupted
 from distbench.workload.routing import recv_counts, route
 from distbench.workload.routing_spec import ExpertGroup, parse_routing
 from tests.pages import read_page, words
@@ -305,6 +306,22 @@ def test_advice_stands_where_nothing_can_be_measured(tmp_path: Path, capsys: pyt
     shown = capsys.readouterr()
     assert "=16 is proven" in shown.out
     assert "--measure: no limit has a time, the runs ended PASS" in shown.err
+
+
+def test_advice_stands_where_its_measurement_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise Interrupted(2)
+
+    monkeypatch.setattr("distbench.tools.advise.measured.measured", interrupted)
+    out = tmp_path / "advice.json"
+    asked = ["advise", "-q", "--model=tiny", "--ep-size=2", "--tokens=8", "--measure", f"--json={out}"]
+    assert main([*asked, f"--out={tmp_path / 'out'}"]) == 130
+    shown = capsys.readouterr()
+    assert "MAX_INPUT_TOKENS=16 is proven" in " ".join(shown.out.split())
+    assert "INTERRUPTED: ended by SIGINT" in " ".join(shown.err.split())
+    assert json.loads(out.read_text())["bound"] == 16
 
 
 def test_options_of_a_run_are_refused_without_measure(capsys: pytest.CaptureFixture[str]) -> None:
