@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -262,9 +261,8 @@ def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:
     return ExpertWeights(*workload.local_weights(session.rank), mask, *(workload.local_biases(session.rank) or ()))
 
 
-@lru_cache(maxsize=1)
 def _local_mask(num_experts: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Return the mask int32 [E] of local experts, which both kinds of inputs share; it must not be written to."""
+    """Return the mask int32 [E] of local experts: its own for each case, since experts may write to it by mistake."""
     mask = torch.zeros(num_experts, dtype=torch.int32, device=device)
     mask[first : first + count] = 1
     return mask
