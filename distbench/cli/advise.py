@@ -19,7 +19,7 @@ from distbench.cli.options import (
     output_of,
 )
 from distbench.cli.torchrun_rank import alone
-from distbench.errors import DistbenchError, InvalidCase
+from distbench.errors import DistbenchError, InvalidCase, is_disk_full
 
 if TYPE_CHECKING:
     from distbench.case.resolve import Layer
@@ -309,5 +309,7 @@ def _write(option: str, path: str, content: bytes) -> None:
     try:
         write_atomically(Path(path), content)
     except (OSError, ValueError) as error:
+        if is_disk_full(error):
+            raise
         message = f"{option} {path!r:.200}: cannot be written ({why(error)}); name another file"
         raise InvalidCase(message) from error

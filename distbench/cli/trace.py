@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench.cli.argument_types import MOST_RANKS, whole
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, is_disk_full
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +90,8 @@ def _write(options: argparse.Namespace) -> int:
         with atomic_file(Path(options.out)) as file:
             write_trace(file, header, tokens, slices)
     except OSError as error:
+        if is_disk_full(error):
+            raise
         message = f"--out {options.out!r}: cannot be written ({error.strerror}); name another file"
         raise InvalidCase(message) from error
     _show(options.out)

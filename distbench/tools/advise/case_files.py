@@ -10,7 +10,7 @@ import tomli_w
 
 from distbench.case.presets import CUSTOM, DIMENSIONS
 from distbench.case.spec import Case
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, is_disk_full
 from distbench.report.files import write_atomically
 from distbench.tools.advise.question import Question
 from distbench.utils.text import printable
@@ -38,6 +38,8 @@ def write_case_files(folder: str, question: Question, bound: int) -> list[Path]:
                 write_atomically(path, _text(question.witness, limit, path).encode("utf-8", "replace"))
                 paths.append(path)
     except OSError as error:
+        if is_disk_full(error):
+            raise
         message = f"--cases {folder!r:.200}: cannot be written ({error.strerror}); name another folder"
         raise InvalidCase(message) from error
     return paths

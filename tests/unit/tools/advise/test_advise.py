@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -353,3 +355,15 @@ def test_page_that_cannot_be_written_is_refused(capsys: pytest.CaptureFixture[st
     assert "name another file" in told
     assert main(["advise", "-q", "--model=tiny", "--ep-size=2", "--html=/dev/null/a", "--json=/dev/null/a"]) == 2
     assert "name two files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--cases"])
+def test_full_disk_is_named_as_one(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: Path, __: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out")
+
+    monkeypatch.setattr("distbench.report.files.os.replace", full)
+    assert main(["advise", "-q", *QUESTION, option, str(tmp_path / "out")]) == 3
+    assert "DISK_FULL: out: No space left on device; free some space" in capsys.readouterr().err
