@@ -113,6 +113,7 @@ def _others_seconds(session: Session, case: Case) -> float:
         together.routing,
         seed=together.seed,
         tokens_per_rank=together.tokens_per_rank,
+        hidden_size=together.hidden_size,
         dispatch_dtype=case.dispatch_dtype,
         fp8=together.fp8,
         device=together.device,

@@ -4,6 +4,9 @@ A part is a safetensors file. Its metadata are `format` (distbench-capture), `ve
 `num_experts`, `topk`, `every` and `source`, all text. Its tensors are `slices` int64 [m, 5] with step, layer, tokens,
 total_recv and limit (0: none) of each dispatch, `ids` int32 [n, k], the experts of their tokens one after the other,
 and `weights` float32 [n, k] where they were asked for.
+
+The hidden states of a dispatch have a file of their own: `hidden`, uint16 [n, H] with the bits of bf16 or uint8 [n, H]
+with those of fp8, and `scales` float32 [n, H / 128] of fp8; `kind` in the metadata is the format.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from distbench.capture.settings import Place
 
 FORMAT, VERSION = "distbench-capture", "1"
 PART = re.compile(r"rank-(\d{5})\.(\d{6})\.safetensors", re.ASCII)
+TENSORS = re.compile(r"rank-(\d{5})\.tensors-(\d{1,15})\.(\d{1,7})\.safetensors", re.ASCII)
 COUNTS = re.compile(r"rank-(\d{5})\.json", re.ASCII)
 COLUMNS = ("step", "layer", "tokens", "total_recv", "limit")
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
@@ -49,6 +53,21 @@ class Seen(NamedTuple):
 def part_name(rank: int, number: int) -> str:
     """Name of the part `number` of a rank."""
     return f"rank-{rank:05d}.{number:06d}.safetensors"
+
+
+def tensors_name(rank: int, step: int, layer: int) -> str:
+    """Name of the hidden states that a rank sent in a step and layer."""
+    return f"rank-{rank:05d}.tensors-{step}.{layer}.safetensors"
+
+
+def tensors_bytes(place: Place, slice_of: tuple[int, int], kind: str, bits: NDArray[Any], scales: Any) -> bytes:
+    """Content of the hidden states of a step and layer: bits [n, H] of the format `kind`, scales or None."""
+    from safetensors.numpy import save  # noqa: PLC0415 - as below
+
+    tensors = {"hidden": bits} if scales is None else {"hidden": bits, "scales": scales}
+    numbers = {**place._asdict(), "step": slice_of[0], "layer": slice_of[1]}
+    metadata = {"format": FORMAT, "version": VERSION, "kind": kind}
+    return bytes(save(tensors, metadata | {name: str(value) for name, value in numbers.items()}))
 
 
 def counts_name(rank: int) -> str:

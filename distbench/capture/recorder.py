@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from distbench.capture.hidden_buffers import Hidden, Room, kind_of, make_rooms
 from distbench.capture.host_buffers import Buffers, make_buffers
 from distbench.capture.settings import Place, Settings, tell
 from distbench.capture.writer import Files, Missed, Taken, Writer
@@ -22,7 +23,8 @@ class Dispatch(NamedTuple):
     """One dispatch as a hook hands it over: ids [n, k] and weights [n, k] as sent, total_recv on the device.
 
     `limit` is the number of rows of the cut that follows, 0 for none. `place` is called once, for the first dispatch,
-    and gives the rank and the most tokens that it may send as well.
+    and gives the rank and the most tokens that it may send as well. `hidden` are the hidden states as sent, where
+    `Recorder.keeps_tensors` asks for them.
     """
 
     ids: Tensor
@@ -30,6 +32,7 @@ class Dispatch(NamedTuple):
     total_recv: Tensor
     limit: int
     place: Callable[[], tuple[Place, int]]
+    hidden: Hidden | None = None
 
 
 class Recorder:
@@ -43,6 +46,9 @@ class Recorder:
         self._writer: Writer | None = None
         self._missed = Missed()
         self._free: deque[Buffers] = deque()
+        self._rooms: deque[Room] | None = None
+        self._most_rows = 0
+        self.keeps_tensors = settings.most_tensor_bytes > 0
         self._lock = threading.Lock()
         self.ended = False
 
@@ -93,15 +99,38 @@ class Recorder:
         room.total_recv.copy_(dispatch.total_recv, non_blocking=True)
         if room.weights is not None:
             room.weights[:count].copy_(dispatch.weights, non_blocking=True)
+        hidden = self._take_hidden(dispatch.hidden, count) if self.keeps_tensors else None
         done = None
         if ids.is_cuda:
             done = torch.cuda.Event()
             done.record()
-        writer.put(Taken(step, layer, count, room, self._settings.limit or dispatch.limit, done))
+        writer.put(Taken(step, layer, count, room, self._settings.limit or dispatch.limit, done, hidden))
+
+    def _take_hidden(self, sent: Hidden | None, tokens: int) -> Room | None:
+        """Enqueue the copies of the hidden states of so many tokens; None where there is no room, which is counted."""
+        if sent is None or not kind_of(sent) or len(sent[0]) != tokens:
+            if not self._missed.tensors_unlike:
+                told = "unknown" if sent is None else f"{sent[0].dtype} with scales {getattr(sent[1], 'dtype', None)}"
+                tell(f"hidden states are not recorded: {told}; known are bf16, and fp8 with a scale per 128 columns")
+            self._missed.tensors_unlike += 1
+            return None
+        if self._rooms is None:
+            self._rooms = make_rooms(sent, self._most_rows, self._settings.most_tensor_bytes)
+            assert self._writer is not None  # noqa: S101 - _take
+            self._writer.rooms = self._rooms
+        if not self._rooms:
+            self._missed.tensors_behind += 1
+            return None
+        room = self._rooms.popleft()
+        if not room.begin(sent):
+            self._rooms.append(room)
+            self._missed.tensors_unlike += 1
+            return None
+        return room
 
     def _start(self, dispatch: Dispatch) -> Writer:
         (place, most), weighed = dispatch.place(), self._settings.weights
-        rows = max(most, len(dispatch.ids))
+        self._most_rows = rows = max(most, len(dispatch.ids))
         self._free = make_buffers(rows, place.topk, weighed=weighed, pinned=dispatch.ids.is_cuda)
         files = Files(self._settings, place, self._source, dispatch.ids.device)
         self._writer = Writer(files, self._free, self._missed, self.end)

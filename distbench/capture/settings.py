@@ -12,6 +12,7 @@ WEIGHTS = "DISTBENCH_CAPTURE_WEIGHTS"
 LIMIT = "DISTBENCH_CAPTURE_LIMIT"
 VIOLATIONS = "DISTBENCH_CAPTURE_VIOLATIONS"
 MIB = "DISTBENCH_CAPTURE_MIB"
+TENSORS = "DISTBENCH_CAPTURE_TENSORS_MIB"
 
 _SWITCH = {"0": False, "1": True}
 _DIGITS = 12
@@ -22,7 +23,8 @@ class Settings(NamedTuple):
     """A capture into `folder`: each rank records every `every`-th step, at most `most_bytes` in all.
 
     With `weights` routing weights are recorded as well. `limit` is the number of rows above which a step violates it, 0
-    for the cut that the program itself makes. With `violations` the steps next to a violation are recorded too.
+    for the cut that the program itself makes. With `violations` the steps next to a violation are recorded too; with
+    `most_tensor_bytes` above 0 also the hidden states of the violating layer, as many bytes in memory and in files.
     """
 
     folder: str
@@ -31,6 +33,7 @@ class Settings(NamedTuple):
     limit: int = 0
     violations: bool = False
     most_bytes: int = 256 << 20
+    most_tensor_bytes: int = 0
 
 
 class Place(NamedTuple):
@@ -57,14 +60,19 @@ def from_environment(environ: Mapping[str, str]) -> Settings | None:
     folder = environ.get(FOLDER, "")
     if not folder:
         return None
-    return Settings(
+    found = Settings(
         folder,
         every=_number(environ, EVERY, 32, least=1),
         weights=_switch(environ, WEIGHTS),
         limit=_number(environ, LIMIT, 0, least=0),
         violations=_switch(environ, VIOLATIONS),
         most_bytes=_number(environ, MIB, 256, least=1) << 20,
+        most_tensor_bytes=_number(environ, TENSORS, 0, least=0) << 20,
     )
+    if found.most_tensor_bytes and not found.violations:
+        message = f"{TENSORS} keeps hidden states of violations: set {VIOLATIONS}=1 as well"
+        raise ValueError(message)
+    return found
 
 
 def _number(environ: Mapping[str, str], name: str, default: int, *, least: int) -> int:

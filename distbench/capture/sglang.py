@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from distbench.capture.recorder import Recorder
 
 _MODULE, _CLASS = "sglang.srt.layers.moe.token_dispatcher.moriep", "MoriEPDispatcher"
+_SENT = 6
+"""Parts that a dispatch leaves between its halves: hidden states, weights, ids, scales, dtype and event."""
 
 
 def recording(dispatcher: type, settings: Settings, source: str = "sglang") -> AbstractContextManager[None]:
@@ -36,6 +38,7 @@ def _recorded(original: Callable[..., Any], recorder: Recorder) -> Callable[...,
 
     @functools.wraps(original)
     def dispatch_b(self: Any) -> Any:
+        sent = getattr(self, "_dispatch_intermediate_state", ()) if recorder.keeps_tensors else ()
         out = original(self)
         recorder.see(
             self,
@@ -45,11 +48,20 @@ def _recorded(original: Callable[..., Any], recorder: Recorder) -> Callable[...,
                 out.num_recv_tokens_per_expert,  # total_recv, whatever its name says
                 out.recv_cap,
                 lambda: _place(self, original),
+                _hidden(sent, out.origin_topk_ids),
             ),
         )
         return out
 
     return dispatch_b
+
+
+def _hidden(sent: Any, ids: Any) -> tuple[Any, Any] | None:
+    """Hidden states and scales of what `dispatch_a` left for `dispatch_b`; None where those are received ones.
+
+    The low-latency dispatcher has sent them by then, and keeps what it receives.
+    """
+    return (sent[0], sent[3]) if len(sent) == _SENT and sent[2] is ids else None
 
 
 def _place(dispatcher: Any, method: Any) -> tuple[Place, int]:

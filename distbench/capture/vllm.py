@@ -47,6 +47,7 @@ def _recorded(original: Callable[..., Any], recorder: Recorder) -> Callable[...,
                 out[_META].expert_num_tokens,  # total_recv, whatever its name says
                 0,  # vLLM cuts nothing
                 lambda: _place(self, num_experts, topk_ids.shape[1]),
+                (a1, None),  # before vLLM quantises them, which is within the call
             ),
         )
         return out

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distbench.capture.hidden_buffers import Room
 from distbench.capture.host_buffers import Buffers
 from distbench.capture.part_file import (
     Seen,
@@ -27,6 +28,7 @@ from distbench.capture.part_file import (
     prepare_folder,
     write_private,
 )
+from distbench.capture.recent_tensors import RecentTensors
 from distbench.capture.settings import Place, Settings, tell
 
 _PART_BYTES = 4 << 20
@@ -39,7 +41,10 @@ _MARK = re.compile(r"violated-(\d{1,15})", re.ASCII)
 
 
 class Taken(NamedTuple):
-    """A dispatch of `tokens` tokens in buffers, whole once `done` is reached; None where it is already."""
+    """A dispatch of `tokens` tokens in buffers, whole once `done` is reached; None where it is already.
+
+    `hidden` has its hidden states, where they are kept.
+    """
 
     step: int
     layer: int
@@ -47,6 +52,7 @@ class Taken(NamedTuple):
     buffers: Buffers
     limit: int
     done: Any
+    hidden: Room | None = None
 
 
 class Files(NamedTuple):
@@ -64,6 +70,8 @@ class Missed:
 
     in_graphs: int = 0
     behind: int = 0
+    tensors_unlike: int = 0
+    tensors_behind: int = 0
 
 
 class Writer:
@@ -82,6 +90,8 @@ class Writer:
         settings, place, self._source, self._device = files
         self._settings, self._place, self._free, self._missed, self._failed = settings, place, free, missed, failed
         self._folder = Path(settings.folder)
+        self._tensors = RecentTensors(self._folder, place, settings.most_tensor_bytes)
+        self.rooms: deque[Room] = deque()
         self._queue: SimpleQueue[Taken | None] = SimpleQueue()
         self._recent: deque[Seen] = deque()
         self._recent_bytes = self._pending_bytes = self._bytes = self._parts = 0
@@ -157,9 +167,13 @@ class Writer:
         shares = None if weights is None else weights[: taken.tokens].copy()
         seen = Seen(taken.step, taken.layer, ids[: taken.tokens].copy(), shares, int(total_recv[0]), taken.limit)
         self._free.append(taken.buffers)
+        if taken.hidden is not None:
+            self._tensors.add((seen.step, seen.layer), taken.tokens, taken.hidden, self.rooms)
         if 0 < seen.limit < seen.total_recv:
             self._violations += 1
             self._mark(seen.step)
+            if self._settings.most_tensor_bytes:
+                self._tensors.want((seen.step, seen.layer))
         if seen.step % self._settings.every == 0:
             self._keep(seen)
         elif self._settings.violations:
@@ -181,6 +195,8 @@ class Writer:
         """Read the marks of all ranks."""
         found = {int(mark[1]) for path in self._folder.iterdir() if (mark := _MARK.fullmatch(path.name))}
         oldest = self._recent[0].step if self._recent else 0
+        if self._settings.most_tensor_bytes:
+            self._tensors.look()
         self._too_late += sum(step < oldest for step in found - self._marked)
         self._marked |= found
 
@@ -216,7 +232,7 @@ class Writer:
         write_private(self._folder / counts_name(self._place.rank), self._counts())
 
     def _counts(self) -> bytes:
-        counts = {
+        counts: dict[str, Any] = {
             "recorded": self._recorded,
             "over_size": self._over,
             "behind": self._missed.behind,
@@ -225,4 +241,7 @@ class Writer:
             "too_late": self._too_late,
             "error": self._reason[:1000],
         }
+        if self._settings.most_tensor_bytes:
+            counts |= self._tensors.counts
+            counts |= {"tensors_unlike": self._missed.tensors_unlike, "tensors_behind": self._missed.tensors_behind}
         return counts_bytes(self._place, counts)

@@ -41,6 +41,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--ep-size", type=whole(1, MOST_RANKS), default=8, metavar="RANKS", help="(default: %(default)s)"
     )
+    command.add_argument(
+        "--no-tensors", action="store_true", help="leave out the hidden states that a capture has, which are users'"
+    )
     command.add_argument("--num-experts", type=whole(1, _MOST_EXPERTS), metavar="N", help="routed experts")
     synthetic = command.group("synth", "tokens by a kind of routing")
     synthetic.add_argument("--topk", type=whole(1, 64), default=8, metavar="K", help="(default: %(default)s)")
@@ -87,7 +90,7 @@ def _write(options: argparse.Namespace) -> int:
         _synthetic(options) if options.action == "synth" else _in_order(*_recorded(options, captured=captured))
     )
     try:
-        with atomic_file(Path(options.out)) as file:
+        with atomic_file(Path(options.out), private=bool(header.recorded)) as file:
             write_trace(file, header, tokens, slices)
     except OSError as error:
         if is_disk_full(error):
@@ -102,7 +105,7 @@ def _recorded(options: argparse.Namespace, *, captured: bool) -> tuple[Header, d
     from distbench.tools.recorded.convert import convert
 
     if captured:
-        return _show_capture(options.files[0], options.out)
+        return _show_capture(options.files[0], options.out, tensors=not options.no_tensors)
     if not options.files:
         message = "trace convert: give the recordings, a file of each rank where there are several"
         raise InvalidCase(message)
@@ -130,12 +133,12 @@ def _synthetic(options: argparse.Namespace) -> _Content:
     return header, dict.fromkeys(header.steps, tokens), (Slice(ids, tokens) for ids in drawn(*what))
 
 
-def _show_capture(folder: str, out: str = "") -> tuple[Header, dict[tuple[int, int], Slice]]:
+def _show_capture(folder: str, out: str = "", *, tensors: bool = True) -> tuple[Header, dict[tuple[int, int], Slice]]:
     """Show what a capture has and what it lacks; return its header and slices, which `out` will have."""
     from distbench.report.terminal import print_table, print_text
     from distbench.tools.recorded.captured import read_capture
 
-    header, slices, violations, notes = read_capture(folder)
+    header, slices, violations, notes = read_capture(folder, tensors=tensors)
     if not out:
         _show_slices(folder, header, slices.__getitem__)
     for note in notes:
@@ -146,20 +149,27 @@ def _show_capture(folder: str, out: str = "") -> tuple[Header, dict[tuple[int, i
         print_table(rows, ("step", "layer", "rank", "total_recv", "limit"))
     whole = [one for one in violations if (one.step, one.layer) in slices]
     if whole:
-        worst = max(whole, key=lambda one: one.total_recv - one.limit)
+        worst = max(whole, key=lambda one: ((one.step, one.layer) in header.recorded, one.total_recv - one.limit))
         tokens = ",".join(map(str, slices[worst.step, worst.layer].tokens.tolist()))
         place = f"{out or 'TRACE'}@{worst.step}.{worst.layer}"
         print_text(
             f"the worst again, with your --model: distbench run -n {header.ep_size} --routing trace:{place} "
-            f"--tokens {tokens} --limit {worst.limit} --policy unchecked --bundle bundles"
+            f"--tokens {tokens} --limit {worst.limit} --policy unchecked --bundle bundles{_with_tensors(header)}"
         )
     return header, slices
 
 
+def _with_tensors(header: Header) -> str:
+    """Flags of a run with the recorded hidden states, which gaussian inputs have."""
+    return "" if header.hidden in ("", "bf16") else " --dispatch-dtype fp8"
+
+
 def _show(path: str) -> None:
-    from distbench.workload.trace_file import open_trace, read_header, read_slice
+    from distbench.workload.trace_file import open_trace, read_header, read_slice, read_tensors
 
     header, opened = read_header(path), open_trace(path)
+    for step, layer in sorted(header.recorded):
+        read_tensors(header, step, layer, len(read_slice(header, step, layer, opened).ids))  # refused, if damaged
     _show_slices(path, header, lambda place: read_slice(header, *place, opened))
 
 
@@ -168,6 +178,12 @@ def _show_slices(path: str, header: Header, slice_of: Callable[[tuple[int, int]]
 
     layers = sorted({layer for known in header.steps.values() for layer in known})
     weights = ", with weights" if header.weighed else ""
+    if header.recorded:
+        step, layer = min(header.recorded)
+        weights += (
+            f", {len(header.recorded)} with the {header.hidden} hidden states of users' tokens, "
+            f"{header.hidden_size} columns (@{step}.{layer} is the first)"
+        )
     print_text(
         f"{path}: {header.num_experts} experts, top-{header.topk}, {header.ep_size} ranks; {len(header.steps)} steps, "
         f"{len(layers)} layers ({layers[0]} to {layers[-1]}){weights}; from {header.source or 'no file named'}"

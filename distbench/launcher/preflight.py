@@ -31,7 +31,13 @@ from distbench.transport.mori.config import check_environment, heap_size, mori_w
 from distbench.transport.mori.emulated.quirks import parse_quirks
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold
-from distbench.workload.routing_spec import check_recorded_tokens, check_routing, parse_routing, slots_of
+from distbench.workload.routing_spec import (
+    check_recorded_tensors,
+    check_recorded_tokens,
+    check_routing,
+    parse_routing,
+    slots_of,
+)
 
 _LITTLE_BYTES = 64 << 10
 
@@ -52,6 +58,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     slots = slots_of(case)
     check_routing(routing, slots.group, slots)
     check_recorded_tokens(routing, case.tokens)
+    check_recorded_tensors(case)
     if "exact" in inputs_of(case):
         plan_of(case)
     notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()

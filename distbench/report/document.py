@@ -39,6 +39,7 @@ from distbench.verify.records import (
     ResolvedCase,
     RowComparison,
 )
+from distbench.workload.routing_spec import recorded_notes
 from distbench.workload.version import INPUTS_VERSION
 
 _MILLION = 1e6
@@ -80,6 +81,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         warnings=[
             *entry.warnings,
             *(f"exact inputs are blind here: {spot}" for spot in blind),
+            *_recorded(outcome.case),
             *_doubts(records, shared=outcome.case.share_devices),
             *kernel_doubts(records),
         ],
@@ -269,6 +271,14 @@ def _blind_spots(case: Case) -> list[str]:
     """Errors that the case's exact inputs cannot show; empty for a refused case."""
     try:
         return blind_spots_of(case)
+    except InvalidCase:
+        return []
+
+
+def _recorded(case: Case) -> list[str]:
+    """Note on recorded hidden states; empty for a refused case."""
+    try:
+        return recorded_notes(case)
     except InvalidCase:
         return []
 

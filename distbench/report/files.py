@@ -48,17 +48,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Yield a file to write, renamed to `path` when the context ends without an error, and deleted otherwise.
 
-    Its temporary name begins with a dot and has another suffix than `path`; its mode is that of any new file. After the
-    context it is on disk under its name.
+    Its temporary name begins with a dot and has another suffix than `path`; its mode is that of any new file, or 600 if
+    it is `private`. After the context it is on disk under its name.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         with unfinished.open("xb") as file:
             try:
+                if private:
+                    os.fchmod(file.fileno(), 0o600)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -19,6 +19,8 @@ _SLACK = 0.02
 _BIAS_SLACK = 0.01
 # Steps are those at the ideal's values; another right kernel may be in the next binade.
 _DEVIATION_SLACK = 1.25
+# A rounding of any values, within half a step, has a variance of a quarter of the step's square, not of a twelfth.
+_ANY_ROUNDING = 3.0
 # Where the sum of squares may be off by more of itself than this, it is the expected one that errors are held against.
 _FEW = 0.5
 # Fewer rows do not tell how much orders of adds matter.
@@ -49,12 +51,13 @@ def sure(tests: int) -> float:
 class Yardstick:
     """Expected values of some rows, in float64 and by an ideal kernel, against which results are measured."""
 
-    def __init__(self, exact: Tensor, ideal: Ideal, sure_of: float) -> None:
+    def __init__(self, exact: Tensor, ideal: Ideal, sure_of: float, *, drawn: bool = True) -> None:
         """Take exact float32 [n, H], the ideal of the same rows, and the deviations allowed to an estimate (`sure`).
 
-        `rows` is n.
+        `rows` is n. Tokens that are not `drawn` from a known distribution, but recorded, may have any errors within
+        half a step instead of uniform ones.
         """
-        self._exact, self._sure = exact, sure_of
+        self._exact, self._sure, self._tokens_drawn = exact, sure_of, drawn
         self._ideal = ideal
         self.rows = exact.shape[0]
         self._most = exact.abs().amax(1)
@@ -69,7 +72,12 @@ class Yardstick:
         self._bias = float((error * self._signs).sum(dtype=torch.float64))
         self._drawn = float(error.square_().sum(dtype=torch.float64))
         self._power, self._spread = self._expected(ideal)
-        self._deviation = ideal.variance.sqrt().mul_(_DEVIATION_SLACK)
+        self._deviation = ideal.variance.mul(self._widening).sqrt_().mul_(_DEVIATION_SLACK)
+
+    @property
+    def _widening(self) -> float:
+        """What a variance is multiplied by, to bound that of any rounding."""
+        return 1.0 if self._tokens_drawn else _ANY_ROUNDING
 
     def _expected(self, ideal: Ideal) -> tuple[float, float]:
         """Return the power that errors are held against, and how far a right kernel's is from the ideal's at most."""
@@ -83,8 +91,11 @@ class Yardstick:
         spread = self._sure * math.sqrt(squares) + self._sure**2 * float(variance.amax())
         if self.rows < _FEW_ROWS:
             spread += float(most.sum())
+        spread *= self._widening
         if spread > _FEW * power:
             return max(self._drawn, power), spread
+        if not self._tokens_drawn:
+            return self._drawn, spread
         likely = min(power, self._drawn + spread)  # variances are bounds where steps or orders are not known
         return self._drawn, spread * min(max(likely, self._drawn) / power, 1.0)
 
@@ -92,7 +103,8 @@ class Yardstick:
         """Return the yardstick of the rows `kept`, bool [n]."""
         if bool(kept.all()):
             return self
-        return Yardstick(self._exact[kept], Ideal(*(part[kept] for part in self._ideal)), self._sure)
+        ideal = Ideal(*(part[kept] for part in self._ideal))
+        return Yardstick(self._exact[kept], ideal, self._sure, drawn=self._tokens_drawn)
 
     @cached_property
     def loosest(self) -> float:

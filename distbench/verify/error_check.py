@@ -86,7 +86,7 @@ class ErrorChecker:
         """
         self._group, self._on_any_rank = session.group, session.on_any_rank
         self._exchange, self._workload, self._rank = exchange, workload, session.rank
-        self._weights, self._slots = weights, slots
+        self._weights, self._slots, self._drawn = weights, slots, not workload.recorded
         self._way = quantised_way(facts, weights.w1.shape[2], workload.fp8)
         tests = _FIGURES * _STAGES * arms * _CHOICES * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
@@ -295,7 +295,8 @@ class ErrorChecker:
         sides = zip(load.measured.items(), load.ideals, parts, strict=True)
         for (side, family), ideal, (rows, variances, by_order) in sides:
             tokens = combined(rows, variances, by_order, self._slots.order, self._way)
-            made[side] = _Side(family.name, Yardstick(exact, ideal, sure_of), Yardstick(wide, tokens, sure_of))
+            yardsticks = (Yardstick(*one, sure_of, drawn=self._drawn) for one in ((exact, ideal), (wide, tokens)))
+            made[side] = _Side(family.name, *yardsticks)
         return {side: made.get(side, made[load.sides[0]]) for side in load.sides}
 
     def _to_owners(self, packed: Tensor, sample: Sample) -> Contributions:

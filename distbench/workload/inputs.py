@@ -19,6 +19,7 @@ from distbench.workload.numerics import Numerics
 from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.padding import PaddedNumerics
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
+from distbench.workload.recorded_tokens import recorded_hidden
 from distbench.workload.routing import are_local, recorded_weights, token_keys
 from distbench.workload.routing_spec import ExpertGroup, Routing, Slots, check_routing, parse_routing
 from distbench.workload.slots import logical_experts, route_to_slots
@@ -41,6 +42,7 @@ class Workload:
         *,
         seed: int,
         tokens_per_rank: tuple[int, ...],
+        hidden_size: int,
         dispatch_dtype: DispatchDtype,
         fp8: torch.dtype,
         device: Device,
@@ -48,7 +50,8 @@ class Workload:
     ) -> None:
         """Keep the parts; `make_workload` checks them first.
 
-        `fp8` is the device's fp8 type. `span` are the tokens that are made together; None for none.
+        `hidden_size` counts its pad. `fp8` is the device's fp8 type. `span` are the tokens that are made together; None
+        for none.
         """
         self.numerics = numerics
         self.slots = slots
@@ -57,6 +60,7 @@ class Workload:
         self.tokens_per_rank = tokens_per_rank
         self.device = torch.device(device)
         self.seed = seed
+        self.hidden_size = hidden_size
         self.fp8 = fp8
         self._quantised = dispatch_dtype == "fp8"
         self._span = span
@@ -109,10 +113,23 @@ class Workload:
     def _made(self, ranks: Tensor, tokens: Tensor, ids: Tensor) -> TokenBatch:
         """Make the tokens of any ranks, int64 [m] each, with experts `ids` [m, k]."""
         keys = token_keys(ranks, tokens)
-        hidden, scales = self.numerics.hidden_states(keys, self._logical(ids)), None
-        if self._quantised:
+        recorded = self._recorded_hidden(keys)
+        hidden, scales = recorded or (self.numerics.hidden_states(keys, self._logical(ids)), None)
+        if self._quantised and scales is None:
             hidden, scales = quantize_fp8_blocks(hidden, self.fp8)
         return TokenBatch(hidden, scales, self._routing_weights(keys), ids)
+
+    def _recorded_hidden(self, keys: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return recorded hidden states, and scales of fp8, of the tokens with keys int64 [m]; None for generated ones.
+
+        Exact inputs keep their own, of which the right bits are known.
+        """
+        return None if _plan_of(self.numerics) is not None else recorded_hidden(self.routing, keys, self.hidden_size)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the hidden states are recorded ones, of which no distribution is known."""
+        return self._recorded_hidden(torch.empty(0, dtype=torch.int64, device=self.device)) is not None
 
     def _routing_weights(self, keys: Tensor) -> Tensor:
         """Weights of the tokens with keys int64 [m]: float32 [m, k + N], those of routed experts recorded if there are.
@@ -336,6 +353,7 @@ def make_workload(  # noqa: PLR0913 - a case's keys
         chosen,
         seed=seed,
         tokens_per_rank=tokens_per_rank,
+        hidden_size=hidden_size,
         dispatch_dtype=dispatch_dtype,
         fp8=fp8_dtype(fp8_format),
         device=device,

@@ -161,6 +161,11 @@ def recorded_weights(routing: Routing, keys: Tensor) -> Tensor | None:
     return None if recording.weights is None else recording.weights[recording.places(keys)]
 
 
+def recorded_places(trace: TraceName, keys: Tensor) -> Tensor:
+    """Return the recorded rows of the tokens with keys int64 [m]; of a token that was not recorded, another's."""
+    return _recording(trace, keys.device).places(keys)
+
+
 class _Recording(NamedTuple):
     """Recorded experts int64 [n, k], weights float32 [n, k] or None, and the place of each rank's first token, [W]."""
 

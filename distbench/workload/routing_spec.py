@@ -15,7 +15,8 @@ from distbench.errors import InvalidCase
 
 if TYPE_CHECKING:
     from distbench.case.spec import Case
-    from distbench.workload.trace_file import Slice
+    from distbench.workload.trace_file import Header, Slice
+    from distbench.workload.trace_tensors import Tensors
 
 ALLOWED_ROUTINGS = "uniform, zipf:S, hot-rank:R, fan-in:R, local, duplicates, trace:FILE@STEP.LAYER"
 _PLAIN_KINDS = ("uniform", "local", "duplicates")
@@ -173,6 +174,53 @@ def check_recorded_tokens(routing: Routing, tokens: Sequence[int]) -> None:
             raise InvalidCase(message)
 
 
+def recorded_notes(case: Case) -> list[str]:
+    """Say that gaussian inputs are recorded hidden states, if they are; empty where they are generated.
+
+    Raises:
+        InvalidCase: the file or the slice is none, or its hidden states are not of the format.
+    """
+    tensors = _tensors_of(case)
+    note = "gaussian inputs are recorded tokens with generated experts"
+    told = f"{note}: {tensors.kind} hidden states of {case.routing}; bounds of errors are wider" if tensors else ""
+    return [f"{told} (docs/gaussian.md)"] if tensors else []
+
+
+def _tensors_of(case: Case) -> Tensors | None:
+    trace = parse_routing(case.routing).trace
+    return None if trace is None or case.numerics == "exact" else recorded_tensors(trace)
+
+
+def check_recorded_tensors(case: Case) -> None:
+    """Refuse recorded hidden states of another layer, where gaussian inputs take them.
+
+    Raises:
+        InvalidCase: they were recorded with another hidden size or fp8 format, or are no hidden states of a layer.
+    """
+    tensors = _tensors_of(case)
+    wrong = "" if tensors is None else _misfit(case, tensors)
+    if wrong:
+        message = (
+            f"routing = {case.routing}: {wrong}; give what was recorded, or --numerics exact, whose hidden states "
+            "are generated, or a trace without hidden states (`distbench trace convert --no-tensors`)"
+        )
+        raise InvalidCase(message)
+
+
+def _misfit(case: Case, tensors: Tensors) -> str:
+    live = case.hidden_size - case.hidden_pad
+    if tensors.hidden_size != live:
+        return f"hidden_size = {live}, recorded hidden states have {tensors.hidden_size}"
+    if case.combine_quant != "none":
+        return f"combine_quant = {case.combine_quant}, whose errors have bounds for generated hidden states alone"
+    if tensors.kind == "bf16":
+        return ""
+    if case.dispatch_dtype != "fp8" or case.fp8_format != tensors.kind:
+        given = case.fp8_format if case.dispatch_dtype == "fp8" else case.dispatch_dtype
+        return f"dispatch of {given}, recorded hidden states are fp8 of format {tensors.kind}"
+    return "hidden_pad with recorded fp8" if case.hidden_pad else ""
+
+
 @lru_cache(maxsize=4)
 def recorded_slice(trace: TraceName) -> Slice:
     """The recorded experts of a step and layer, those of the file's first where none are named.
@@ -183,10 +231,26 @@ def recorded_slice(trace: TraceName) -> Slice:
     from distbench.workload.trace_file import read_header, read_slice  # noqa: PLC0415 - loads numpy
 
     header = read_header(trace.path)
+    return read_slice(header, *_place(header, trace))
+
+
+@lru_cache(maxsize=4)
+def recorded_tensors(trace: TraceName) -> Tensors | None:
+    """The recorded hidden states of a step and layer, as `recorded_slice` has its experts; None where there are none.
+
+    Raises:
+        InvalidCase: the file or the slice is none, or its hidden states are not of the format.
+    """
+    from distbench.workload.trace_file import read_header, read_tensors  # noqa: PLC0415 - loads numpy
+
+    header = read_header(trace.path)
+    return read_tensors(header, *_place(header, trace), len(recorded_slice(trace).ids))
+
+
+def _place(header: Header, trace: TraceName) -> tuple[int, int]:
     first = next(iter(header.steps))
     step = first if trace.step is None else trace.step
-    layer = header.steps[first][0] if trace.layer is None else trace.layer
-    return read_slice(header, step, layer)
+    return step, header.steps[first][0] if trace.layer is None else trace.layer
 
 
 def _check_trace(trace: TraceName, group: ExpertGroup) -> None:

@@ -3,7 +3,8 @@
 A file holds `tokens.STEP`, int64 [W], the tokens of each rank in a step, and `ids.STEP.LAYER`, int32 [n, k], the
 experts of the step's n tokens in a layer: those of rank 0 first, then of rank 1, and so on; `weights.STEP.LAYER`,
 float32 [n, k], are their routing weights, of all slices or of none. Its metadata are `format` (distbench-trace),
-`version` (1), `num_experts`, `topk`, `ep_size` and `source`.
+`version` (1), `num_experts`, `topk`, `ep_size` and `source`. Some slices may have their tokens' hidden states
+(`workload.trace_tensors`), whose format and size are the metadata `hidden` and `hidden_size`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from numpy.typing import NDArray
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
 from distbench.utils.text import one_line
+from distbench.workload.trace_tensors import BF16, BLOCK, WORDS, Tensors, bad_tensors, map_tensors, pieces
 
 FORMAT, VERSION = "distbench-trace", "1"
 MOST_IDS, MOST_SLICES = 1 << 28, 1 << 17
 _MOST_NUMBER = 1 << 24
 _ALIGNMENT = 8
-_BYTES_OF = {"I64": 8, "I32": 4, "F32": 4}
-_IDS = re.compile(r"ids\.(0|[1-9]\d{0,15})\.(0|[1-9]\d{0,6})", re.ASCII)
+_BYTES_OF = {"I64": 8, "I32": 4, "F32": 4, "U16": 2, "U8": 1}
+_SLICE = re.compile(r"(ids|hidden)\.(0|[1-9]\d{0,15})\.(0|[1-9]\d{0,6})", re.ASCII)
+_MOST_HIDDEN = 1 << 16
 
 _SAME_SUM = 0.01
 """Share by which the sums of tokens' weights may differ: they are rounded, and of bf16 in some programs."""
@@ -40,7 +43,10 @@ Weights = NDArray[np.float32]
 
 
 class Header(NamedTuple):
-    """Contents of a file: its layer, the layers of each step, both ascending, and whether it has routing weights."""
+    """Contents of a file: its layer, the layers of each step, both ascending, and whether it has routing weights.
+
+    `hidden` is the format of the hidden states [., hidden_size] of the slices `recorded`, by step and layer.
+    """
 
     path: str
     num_experts: int
@@ -49,14 +55,21 @@ class Header(NamedTuple):
     source: str
     steps: dict[int, list[int]]
     weighed: bool = False
+    hidden: str = ""
+    hidden_size: int = 0
+    recorded: frozenset[tuple[int, int]] = frozenset()
 
 
 class Slice(NamedTuple):
-    """One step in one layer: ids int32 [n, k], tokens int64 [W] of each rank, and weights float32 [n, k] or None."""
+    """One step in one layer: ids int32 [n, k], tokens int64 [W] of each rank, and weights float32 [n, k] or None.
+
+    `tensors` are the tokens' hidden states, where they were recorded and are asked for.
+    """
 
     ids: Ids
     tokens: NDArray[np.int64]
     weights: Weights | None = None
+    tensors: Tensors | None = None
 
     def received(self, num_experts: int, *, own: bool = False) -> NDArray[np.int64]:
         """Rows that each rank receives, int64 [W], where the ranks hold equally many experts in order.
@@ -88,16 +101,44 @@ def read_header(path: str) -> Header:
         _refuse(path, f"version {metadata.get('version')!r:.20} of the format; this distbench reads {VERSION}")
     experts, topk, ranks = (_number(path, metadata, name) for name in ("num_experts", "topk", "ep_size"))
     steps: dict[int, list[int]] = {}
-    weighed = False
+    weighed, recorded = False, set()
     for name in opened.keys():  # noqa: SIM118 - not a dict
         weighed |= name.startswith("weights.")
-        found = _IDS.fullmatch(name)
-        if found:
-            steps.setdefault(int(found[1]), []).append(int(found[2]))
+        found = _SLICE.fullmatch(name)
+        if found and found[1] == "ids":
+            steps.setdefault(int(found[2]), []).append(int(found[3]))
+        elif found:
+            recorded.add((int(found[2]), int(found[3])))
     if not steps:
         _refuse(path, "no step in it")
     ordered = {step: sorted(steps[step]) for step in sorted(steps)}
-    return Header(path, experts, topk, ranks, metadata.get("source", ""), ordered, weighed)
+    header = Header(path, experts, topk, ranks, metadata.get("source", ""), ordered, weighed)
+    return header._replace(recorded=frozenset(recorded), **_hidden_of(path, metadata)) if recorded else header
+
+
+def _hidden_of(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    kind, size = metadata.get("hidden", ""), _number(path, metadata, "hidden_size")
+    if kind not in WORDS or size > _MOST_HIDDEN or (kind != BF16 and size % BLOCK):
+        known = f"{', '.join(WORDS)}, at most {_MOST_HIDDEN} columns, with fp8 a multiple of {BLOCK}"
+        _refuse(path, f"hidden states {kind!r:.40} of {size} columns; allowed are {known}")
+    return {"hidden": kind, "hidden_size": size}
+
+
+def read_tensors(header: Header, step: int, layer: int, tokens: int) -> Tensors | None:
+    """The hidden states of a slice with so many tokens, mapped and checked; None where they were not recorded.
+
+    Raises:
+        InvalidCase: they are not of the format, not finite, or of magnitudes that no layer dispatches.
+
+    """
+    if (step, layer) not in header.recorded:
+        return None
+    names = f"hidden.{step}.{layer}", f"scales.{step}.{layer}"
+    tensors = map_tensors(header.path, names, header.hidden, (tokens, header.hidden_size))
+    problem = bad_tensors(tensors)
+    if problem:
+        _refuse(header.path, f"step {step}, layer {layer}: {problem}")
+    return tensors
 
 
 def read_slice(header: Header, step: int, layer: int, opened: Any = None) -> Slice:
@@ -176,9 +217,18 @@ def trace_bytes(header: Header, slices: Mapping[tuple[int, int], Slice]) -> byte
         steps.setdefault(step, []).append(layer)
     stream, tokens = BytesIO(), {step: slices[step, layers[0]].tokens for step, layers in steps.items()}
     weighed = all(one.weights is not None for one in slices.values())
-    told = header._replace(steps=steps, weighed=weighed)
+    told = with_tensors(header._replace(steps=steps, weighed=weighed), slices)
     write_trace(stream, told, tokens, (slices[place] for place in sorted(slices)))
     return stream.getvalue()
+
+
+def with_tensors(header: Header, slices: Mapping[tuple[int, int], Slice]) -> Header:
+    """The header with the hidden states that slices have, which are all of one format and size."""
+    found = {place: one.tensors for place, one in slices.items() if one.tensors is not None}
+    kinds = {(one.kind, one.hidden_size) for one in found.values()}
+    kind, size = kinds.pop() if kinds else ("", 0)
+    assert not kinds  # noqa: S101 - those that read them refuse others
+    return header._replace(hidden=kind, hidden_size=size, recorded=frozenset(found))
 
 
 def write_trace(
@@ -190,6 +240,8 @@ def write_trace(
     """
     numbers = {"num_experts": header.num_experts, "topk": header.topk, "ep_size": header.ep_size}
     metadata = {"format": FORMAT, "version": VERSION, "source": header.source}
+    if header.recorded:
+        numbers["hidden_size"], metadata["hidden"] = header.hidden_size, header.hidden
     described: dict[str, Any] = {"__metadata__": metadata | {name: str(value) for name, value in numbers.items()}}
     end = 0
     for name, kind, shape in _tensors(header, tokens):
@@ -203,6 +255,9 @@ def write_trace(
         stream.write(np.ascontiguousarray(one.ids, dtype="<i4").data)
         if header.weighed:
             stream.write(np.ascontiguousarray(one.weights, dtype="<f4").data)
+        if one.tensors is not None:
+            stream.writelines(np.ascontiguousarray(bits).data for bits, _ in pieces(one.tensors))
+            stream.writelines(np.ascontiguousarray(part, dtype="<f4").data for part in one.tensors.scales)
 
 
 def _tensors(header: Header, tokens: Mapping[int, NDArray[np.int64]]) -> Iterator[tuple[str, str, list[int]]]:
@@ -215,6 +270,10 @@ def _tensors(header: Header, tokens: Mapping[int, NDArray[np.int64]]) -> Iterato
             yield f"ids.{step}.{layer}", "I32", shape
             if header.weighed:
                 yield f"weights.{step}.{layer}", "F32", shape
+            if (step, layer) in header.recorded:
+                yield f"hidden.{step}.{layer}", WORDS[header.hidden], [shape[0], header.hidden_size]
+                if header.hidden != BF16:
+                    yield f"scales.{step}.{layer}", "F32", [shape[0], header.hidden_size // BLOCK]
 
 
 def open_trace(path: str) -> Any:

@@ -135,3 +135,41 @@ def test_violations_of_sglangs_own_cut_are_named_and_run_again(
     (bundle,) = (tmp_path / "bundles").iterdir()
     assert main(["replay", str(bundle), f"--out={tmp_path / 'again'}"]) == 0
     assert "reproduced here (emulated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_hidden_states_of_a_violation_run_and_replay_with_generated_experts(
+    program: tuple[str, str], dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if program[0] != "sglang" and dtype == "fp8":
+        pytest.skip("vLLM quantises within its call, and its hidden states are taken before")
+    folder, out = tmp_path / "capture", tmp_path / "traffic.safetensors"
+    settings = Settings("", every=1000, limit=2, violations=True, most_tensor_bytes=16 << 20)
+    case, _ = captured(folder, *program, settings, numerics="gaussian", dispatch_dtype=dtype)
+    found = read_capture(str(folder))
+    assert found.notes == []
+    assert (0, 0) in found.header.recorded
+    workload = workload_for(case, torch.device("cpu"))
+    sent = torch.cat([workload.tokens(rank).hidden for rank in range(RANKS)])
+    tensors = found.slices[0, 0].tensors
+    assert tensors is not None
+    kept = torch.cat([torch.from_numpy(part.copy()).view(sent.dtype) for part in tensors.parts])
+    assert torch.equal(kept.view(torch.uint8), sent.view(torch.uint8))
+    assert main(["trace", "convert", str(folder), f"--out={out}"]) == 0
+    layer = [f"--{name.replace('_', '-')}={value}" for name, value in FREE.items() if name != "model"]
+    layer += [f"--dispatch-dtype={dtype}", *([f"--fp8-format={case.fp8_format}"] if dtype == "fp8" else [])]
+    traffic = [f"--routing=trace:{out}@0.0", f"--tokens={','.join(map(str, TOKENS))}", f"-n={RANKS}"]
+    again = ["run", *layer, *traffic, "--numerics=gaussian", "--require=tolerance", f"--out={tmp_path / 'out'}"]
+    capsys.readouterr()
+    assert main(again) == 0
+    told = capsys.readouterr().out
+    assert "warning: gaussian inputs are recorded tokens with generated experts" in told
+    assert main([*again, "--inject=zero-rows:rank=2", f"--bundle={tmp_path / 'bundles'}"]) == 1
+    out.unlink()
+    (bundle,) = (tmp_path / "bundles").iterdir()
+    assert bundle.stat().st_mode & 0o777 == 0o700
+    assert (bundle / "routing.safetensors").stat().st_mode & 0o777 == 0o600
+    capsys.readouterr()
+    assert main(["replay", str(bundle), f"--out={tmp_path / 'again'}"]) == 0
+    assert "reproduced here (emulated" in capsys.readouterr().out
+    assert "recorded tokens with generated experts" in (tmp_path / "again" / "results.jsonl").read_text()

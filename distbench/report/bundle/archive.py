@@ -140,8 +140,16 @@ def _notes(folder: str, report: Report, recording: Bundle | None, left_out: list
         tokens = len(recording.manifest.recorded.tokens)
         yield f"  distbench replay {folder}    ({tokens} failing tokens recorded)"
         yield from (f"left out when it was recorded: {cut}" for cut in recording.manifest.cuts)
+        if recording.manifest.trace_sha256 and _has_tensors(recording):
+            yield "HAS HIDDEN STATES OF USERS' REQUESTS, as a capture recorded them: for those alone who may read these"
     if left_out:
         yield f"left out of the archive for its size: {', '.join(left_out)}"
+
+
+def _has_tensors(recording: Bundle) -> bool:
+    from distbench.workload.trace_file import read_header  # noqa: PLC0415 - loads numpy
+
+    return bool(read_header(str(recording.folder / TRACE)).recorded)
 
 
 def _folder(report: Report) -> str:

@@ -18,12 +18,12 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 KERNEL_TABLE = "kernel_table.csv"
 TRACE = "routing.safetensors"
-"""The recorded routing of a case that has one: its step and layer alone."""
+"""The recorded routing of a case that has one, with its hidden states: its step and layer alone."""
 
 MAX_TOKENS = 64
 MAX_JSON_BYTES = 16 << 20
 MAX_TABLE_BYTES = 16 << 20
-MAX_TRACE_BYTES = 64 << 20
+MAX_TRACE_BYTES = 256 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_PART_BYTES = 64 << 20
 """Bytes of one rank's part: `RECORDED_BYTES` of tensors, its routing, and room for one token of any case."""

@@ -26,7 +26,7 @@ from distbench.report.bundle.layout import (
     Recorded,
     names_token,
 )
-from distbench.report.files import write_atomically
+from distbench.report.files import atomic_file, write_atomically
 from distbench.report.schema import Report
 from distbench.report.terminal import print_note
 from distbench.utils.text import one_line
@@ -91,22 +91,31 @@ def _write_table(folder: Path, case: Case) -> int:
 
 
 def _write_trace(folder: Path, case: Case) -> str | int:
-    """Copy the case's step and layer of a recorded routing; return its digest, or its size where it is too large."""
+    """Copy the case's step and layer of a recorded routing; return its digest, or its size where it is too large.
+
+    Recorded hidden states go with it where the case uses them, and then nobody else may enter the folder.
+    """
     named = trace_name(case.routing)
     if named is None:
         return ""
-    from distbench.workload.routing_spec import recorded_slice  # noqa: PLC0415 - only bundles of a recording load it
+    from distbench.workload.routing_spec import recorded_slice, recorded_tensors  # noqa: PLC0415 - loads numpy
     from distbench.workload.trace_file import Header, trace_bytes  # noqa: PLC0415 - likewise
 
     try:
         one = recorded_slice(named)
+        one = one if case.numerics == "exact" else one._replace(tensors=recorded_tensors(named))
     except InvalidCase as error:  # it was there when the case ran
         raise OSError(0, one_line(error), named.path) from error
     header = Header("", case.num_experts, case.topk, case.ep_size, "a bundle", {})
+    if one.tensors is not None:
+        if one.tensors.size > MAX_TRACE_BYTES:
+            return one.tensors.size
+        folder.chmod(0o700)  # the parts have rows of recorded hidden states as well
     content = trace_bytes(header, {(named.step or 0, named.layer or 0): one})
     if len(content) > MAX_TRACE_BYTES:
         return len(content)
-    write_atomically(folder / TRACE, content)
+    with atomic_file(folder / TRACE, private=one.tensors is not None) as file:
+        file.write(content)
     return hashlib.sha256(content).hexdigest()
 
 

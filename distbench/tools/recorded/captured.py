@@ -18,8 +18,18 @@ from distbench.capture.settings import Place
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
 from distbench.report.progress import Meter
+from distbench.tools.recorded.captured_tensors import captured_tensors
 from distbench.utils.text import one_line
-from distbench.workload.trace_file import MOST_IDS, MOST_SLICES, Header, Slice, bad_ids, bad_weights, open_trace
+from distbench.workload.trace_file import (
+    MOST_IDS,
+    MOST_SLICES,
+    Header,
+    Slice,
+    bad_ids,
+    bad_weights,
+    open_trace,
+    with_tensors,
+)
 
 _MOST_NAMES = 1 << 20
 _MOST_NUMBER = 1 << 24
@@ -63,11 +73,14 @@ class _LeftOut(msgspec.Struct):
     behind: _Count = 0
     in_graphs: _Count = 0
     too_late: _Count = 0
+    tensors_lost: _Count = 0
+    tensors_unlike: _Count = 0
+    tensors_behind: _Count = 0
     error: str = ""
 
 
-def read_capture(folder: str) -> Capture:
-    """The trace of a capture: its dispatches that all ranks have.
+def read_capture(folder: str, *, tensors: bool = True) -> Capture:
+    """The trace of a capture: its dispatches that all ranks have, without their hidden states unless `tensors`.
 
     Raises:
         InvalidCase: a part is not of the format, the parts are of several captures, or the routing does not give the
@@ -87,6 +100,11 @@ def read_capture(folder: str) -> Capture:
     place = found.place
     weighed = all(one.weights is not None for one in slices.values())
     header = Header("", place.num_experts, place.topk, place.ep_size, f"capture of {found.source}", steps, weighed)
+    if tensors:
+        hidden, told = captured_tensors(folder, names, found.slices, place.ep_size)
+        notes += told
+        slices |= {one: slices[one]._replace(tensors=hidden[one]) for one in slices.keys() & hidden.keys()}
+        header = with_tensors(header, slices)
     return Capture(header, slices, list(_violations(found)), [*_counted(folder, names), *notes])
 
 
@@ -222,6 +240,11 @@ def _counted(folder: str, names: list[str]) -> Iterator[str]:
         "in_graphs": "while a graph was captured, whose replays nobody sees",
         "too_late": "around violations that a rank heard of too late",
     }
+    of_tensors = {
+        "tensors_lost": "were asked for and no more in memory, or beyond the size allowed",
+        "tensors_unlike": "are of another format than bf16 or fp8 with a scale for 128 columns",
+        "tensors_behind": "came while the writer was behind, or had no room",
+    }
     left_out: Counter[str] = Counter()
     for name in names:
         if not COUNTS.fullmatch(name):
@@ -231,10 +254,13 @@ def _counted(folder: str, names: list[str]) -> Iterator[str]:
                 counts = msgspec.json.decode(stream.read(MOST_COUNTS_BYTES), type=_LeftOut)
         except (OSError, ValueError) as error:
             _refuse(folder, f"{name}: {one_line(error)}", error)
-        left_out.update({key: getattr(counts, key) for key in told})
+        left_out.update({key: getattr(counts, key) for key in (*told, *of_tensors)})
         if counts.error:
             yield f"{name}: the capture ended: {one_line(counts.error)[:300]}"
     yield from (f"{left_out[key]} dispatches were not recorded: {why}" for key, why in told.items() if left_out[key])
+    yield from (
+        f"hidden states of {left_out[key]} dispatches {why}" for key, why in of_tensors.items() if left_out[key]
+    )
 
 
 def _number(path: str, metadata: dict[str, str], name: str) -> int:

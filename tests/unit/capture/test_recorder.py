@@ -387,8 +387,14 @@ def test_plugins_of_both_servers_do_nothing_and_load_nothing_without_the_variabl
 def test_environment_gives_all_settings() -> None:
     environ = {f"DISTBENCH_CAPTURE{name}": "2" for name in ("_EVERY", "_LIMIT", "_MIB")}
     environ |= {"DISTBENCH_CAPTURE": "/c", "DISTBENCH_CAPTURE_WEIGHTS": "1", "DISTBENCH_CAPTURE_VIOLATIONS": "1"}
+    assert from_environment(environ) == Settings("/c", 2, weights=True, limit=2, violations=True, most_bytes=2 << 20)
+    environ["DISTBENCH_CAPTURE_TENSORS_MIB"] = "3"
     found = from_environment(environ)
-    assert found == Settings("/c", every=2, weights=True, limit=2, violations=True, most_bytes=2 << 20)
+    assert found is not None
+    assert found.most_tensor_bytes == 3 << 20
+    del environ["DISTBENCH_CAPTURE_VIOLATIONS"]
+    with pytest.raises(ValueError, match="set DISTBENCH_CAPTURE_VIOLATIONS=1 as well"):
+        from_environment(environ)
 
 
 @pytest.mark.parametrize(
