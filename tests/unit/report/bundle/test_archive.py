@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from distbench.case.identity import case_hash
@@ -26,7 +27,8 @@ from distbench.report.bundle.summary import MOST_CHARACTERS, summary_text
 from distbench.report.files import read_report, write_report
 from distbench.report.schema import Report
 from distbench.workload.routing_spec import recorded_slice
-from distbench.workload.trace_file import read_header, read_slice
+from distbench.workload.trace_file import read_header, read_slice, read_tensors, trace_bytes
+from distbench.workload.trace_tensors import Tensors
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle, run_healthy
 from tests.reports import report_of
@@ -160,7 +162,31 @@ def test_recorded_routing_is_sent(tmp_path: Path) -> None:
     (sent / TRACE).write_bytes((sent / TRACE).read_bytes() + b" ")
     with pytest.raises(InvalidCase, match="has another SHA-256 than the manifest says"):
         analyse(bundle)
-    assert f"--routing trace:{sent.name}/routing.safetensors" in (sent / "summary.txt").read_text()
+    summary = (sent / "summary.txt").read_text()
+    assert f"--routing trace:{sent.name}/routing.safetensors" in summary
+    assert "HIDDEN STATES" not in summary
+
+
+@pytest.mark.parametrize("numerics", ["gaussian", "exact"])
+def test_summary_warns_of_recorded_hidden_states_that_the_case_used(tmp_path: Path, numerics: str) -> None:
+    trace = tmp_path / "t.safetensors"
+    made = ["trace", "synth", f"--out={trace}", "--ep-size=2", "--num-experts=8", "--topk=2", "--tokens=7"]
+    assert main(made) == 0
+    header = read_header(str(trace))
+    states = np.random.default_rng(0).integers(0x3F00, 0x4000, (14, 256)).astype(np.uint16)
+    one = read_slice(header, 0, 0)._replace(tensors=Tensors("bf16", (states,)))
+    trace.write_bytes(trace_bytes(header, {(0, 0): one}))
+    keys: dict[str, Any] = {"tokens": (7, 7), "routing": f"trace:{trace}", "numerics": numerics}
+    keys |= {"limit": "max-recv-1", "policy": "unchecked"}
+    case = tiny_case(2, topk=2, model="custom", hidden_size=256, intermediate_size=128, num_experts=8, **keys)
+    leave_bundle(tmp_path / "bundle", run_healthy, case)
+    assert main(["bundle", str(tmp_path / "bundle"), "--out", str(tmp_path / "sent.zip")]) == 0
+    sent = unpacked(tmp_path / "sent.zip", tmp_path / "there")
+    used = numerics == "gaussian"
+    assert ("HAS HIDDEN STATES OF USERS' REQUESTS" in (sent / "summary.txt").read_text()) == used
+    kept = read_tensors(read_header(str(sent / TRACE)), 0, 0, 14)
+    assert (kept is not None) == used
+    assert kept is None or (kept.parts[0] == states).all()
 
 
 @pytest.mark.parametrize(
