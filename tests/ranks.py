@@ -99,6 +99,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
         except EOFError:
             return
         try:
+            session.enter(world_size)  # a function before may have left the ranks in a smaller group
             connection.send((False, function(session, *arguments)))
         except Exception:  # noqa: BLE001 - the test that asked gets to see it
             connection.send((True, f"rank {rank}: {traceback.format_exc()}"))

@@ -286,7 +286,7 @@ class ErrorChecker:
         sent, exact = load.parts, load.exact
         widths = [part.shape[1] * part.element_size() for part in sent]
         arrived = [
-            Contributions(raw.contiguous().view(part.dtype), laid.ranks)
+            Contributions(raw.clone(memory_format=torch.contiguous_format).view(part.dtype), laid.ranks)
             for raw, part in zip(laid.rows.view(torch.uint8).split(widths, dim=2), sent, strict=True)
         ]
         wide = _exact_sum(arrived[0])
