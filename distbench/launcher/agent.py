@@ -21,13 +21,12 @@ from distbench.launcher.postmortem import Exit
 from distbench.utils.signals import TERMINAL_SIGNALS
 from distbench.utils.text import one_line
 
-# glibc keeps memory freed by a case, up to 64 MiB, for the next one, so that no rank is delayed by page faults. From
-# 2.35 on it asks for huge pages, which saves a tiny case some hundredths of its time. A user's own settings stay.
+# glibc keeps memory freed by a case, up to 64 MiB, for the next one, so that no rank is delayed by page faults. A
+# user's own settings stay. Huge pages (glibc.malloc.hugetlb) would cost each launch a second.
 _RANKS_ENVIRON = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 _LOOPBACK = "127.0.0.1"
 _WAITING = 1024
