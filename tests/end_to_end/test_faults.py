@@ -166,6 +166,7 @@ ODD = [
 OF_TWO_RANKS = 9
 
 
+@pytest.mark.skipif(not SOAK, reason="half a minute of waiting: set DISTBENCH_SOAK=1")
 @pytest.mark.timeout(LONGEST_S)
 def test_rank_faults_at_launch_boundaries_and_in_pairs_are_named(tmp_path: Path) -> None:
     """Faults before and in the first stage, two at once, in a repeated stage, after an idle case, after the end."""

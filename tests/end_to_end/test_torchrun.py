@@ -14,7 +14,7 @@ from distbench.cli.main import main
 from distbench.distributed.heartbeat import read_position
 from distbench.launcher.job import clear_ranks, failure_path, heartbeat_path, stack_path
 from distbench.launcher.locks import hold
-from tests.end_to_end.launches import TINY, Torchrun, TorchrunOfThree, faulty, slowed, wait_until
+from tests.end_to_end.launches import SOAK, TINY, Torchrun, TorchrunOfThree, faulty, slowed, wait_until
 from tests.slim_wheel import vllm_wheel
 
 TIMEOUT_S = 2
@@ -139,7 +139,7 @@ def small_suite(path: Path, *ep_sizes: int, **defaults: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("last", [(3,), ()], ids=["called back", "until the end"])
+@pytest.mark.parametrize("last", [(3,), ()] if SOAK else [(3,)], ids=["called back", "until the end"][: 1 + SOAK])
 def test_ranks_outside_the_group_wait_beyond_the_timeout_of_a_stage(tmp_path: Path, last: tuple[int, ...]) -> None:
     timeout_s = min(TIMEOUT_S * slowed(), PAUSES_S - 1)
     suite = small_suite(tmp_path / "suite.json", 2, 2, *last, timeout=timeout_s)
