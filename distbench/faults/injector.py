@@ -26,7 +26,7 @@ FAULTS: dict[str, type[Fault]] = {
     kind.name: kind
     for module in (limit, dispatch, experts, combine, process, overlap, symmetric)
     for kind in vars(module).values()
-    if isinstance(kind, type) and issubclass(kind, Fault) and kind is not Fault
+    if isinstance(kind, type) and issubclass(kind, Fault) and hasattr(kind, "name")  # bases have none
 }
 
 

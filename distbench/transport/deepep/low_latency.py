@@ -14,10 +14,11 @@ from torch import Tensor
 
 from distbench.distributed.waits import collective
 from distbench.errors import DistbenchError
-from distbench.transport.base import Dispatched, TransportContext, WholeTransport, poison_
+from distbench.transport.base import Dispatched, TransportContext, poison_
 from distbench.transport.deepep.arrivals import Arrivals, Routing, read_arrivals
+from distbench.transport.deepep.common import DeepEpTransport
 from distbench.transport.deepep.package import Package
-from distbench.transport.deepep.receive import ReceiveBuffer, package_ids, whole
+from distbench.transport.deepep.receive import package_ids, whole
 from distbench.workload.batch import TokenBatch
 
 
@@ -28,15 +29,13 @@ class _Back(NamedTuple):
     arrivals: Arrivals
 
 
-class LowLatencyTransport(WholeTransport):
+class LowLatencyTransport(DeepEpTransport):
     """Dispatch and combine by low-latency kernels: see `Transport` for the contract.
 
     Rows of one token are one row of the receive buffer; their copies have to be equal, else the row is poison. On the
     way back one of them, of the token's first slot on the rank, carries the sum over the rank's experts, and all others
     are poison, which combine is told not to read.
     """
-
-    local_slots = True
 
     def __init__(self, context: TransportContext, package: Package) -> None:
         """Make the buffer. Collective.
@@ -45,17 +44,11 @@ class LowLatencyTransport(WholeTransport):
             Unsupported: see `Package.low_latency`.
         """
         case = context.case
-        self.capacity = case.capacity
-        self._case, self._rank, self._group = case, context.rank, context.group
-        self._package = package
-        self._most = case.max_dispatch_tokens_per_rank
-        self._buffer = package.low_latency(
-            context.group, case.ep_size, self._most, case.hidden_size, case.placed_experts
-        )
-        self._received = ReceiveBuffer(context.like, case.capacity, context.rank)
+        self._group, self._most = context.group, case.max_dispatch_tokens_per_rank
+        sizes = case.ep_size, self._most, case.hidden_size, case.placed_experts
+        super().__init__(context, package, package.low_latency(context.group, *sizes))
         self._returning: Tensor | None = None
         self._back: _Back | None = None
-        self._last: list[Tensor] = []
         self.facts = {"kernel": "low-latency", "deep_ep": package.version}
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
@@ -108,21 +101,6 @@ class LowLatencyTransport(WholeTransport):
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
         return self._taken().arrivals.sources
-
-    def forget(self) -> None:
-        """See `Transport.forget`: what DeepEP returned last is poisoned; its own memory is out of reach."""
-        for tensor in self._last:
-            poison_(tensor)
-        self._received.poison()
-        self._last = []
-
-    def close(self) -> None:
-        """See `Transport.close`."""
-        self._buffer.destroy()
-
-    def about(self) -> dict[str, Any]:
-        """See `Transport.about`."""
-        return {"deep_ep": {"version": self._package.version}}
 
     def _gathered(self, batch: TokenBatch) -> Routing:
         """All ranks' ids and weights, gathered. Collective."""

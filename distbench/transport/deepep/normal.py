@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distbench.distributed.waits import collective
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.base import Dispatched, TransportContext, WholeTransport, poison_
+from distbench.transport.base import Dispatched, TransportContext
+from distbench.transport.deepep.common import DeepEpTransport
 from distbench.transport.deepep.package import Package
-from distbench.transport.deepep.receive import ReceiveBuffer, package_ids, whole
+from distbench.transport.deepep.receive import package_ids, whole
 from distbench.transport.sum_order import SumOrder
 from distbench.workload.batch import TokenBatch
 
@@ -29,14 +30,13 @@ class _Handle(NamedTuple):
     send_head: Tensor
 
 
-class NormalTransport(WholeTransport):
+class NormalTransport(DeepEpTransport):
     """Dispatch and combine by normal kernels: see `Transport` for the contract.
 
     DeepEP sends a row once to each rank, with the ids and weights of that rank's experts alone; returns received rows
     in tensors of their own, of which it waits for the number; and adds what ranks return in the order of their numbers.
     """
 
-    local_slots = True
     sum_order = SumOrder(by_rank=True)
 
     def __init__(self, context: TransportContext, package: Package) -> None:
@@ -49,14 +49,9 @@ class NormalTransport(WholeTransport):
         if session.local_ranks < case.ep_size:
             message = f"transport deepep: {session.local_ranks} of {case.ep_size} ranks are on this host; use one host"
             raise Unsupported(message)
-        self.capacity = case.capacity
-        self._case, self._rank = case, context.rank
-        self._package = package
-        self._buffer = package.normal(context.group, case.ep_size, case.hidden_size * 2)
-        self._received = ReceiveBuffer(context.like, case.capacity, context.rank)
+        super().__init__(context, package, package.normal(context.group, case.ep_size, case.hidden_size * 2))
         self._handle: _Handle | None = None
-        self._last: list[Tensor] = []
-        self.facts = {"kernel": "normal", "deep_ep": package.version, "num_sms": self._package.buffer.num_sms}
+        self.facts = {"kernel": "normal", "deep_ep": package.version, "num_sms": package.buffer.num_sms}
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """See `Transport.dispatch`.
@@ -99,21 +94,6 @@ class NormalTransport(WholeTransport):
         ends = handle.rank_prefix[:, self._rank].long().contiguous()
         places = torch.arange(len(tokens), device=tokens.device)
         return torch.stack([torch.searchsorted(ends, places, right=True), tokens], dim=1)
-
-    def forget(self) -> None:
-        """See `Transport.forget`: what DeepEP returned last is poisoned; its own queues are out of reach."""
-        for tensor in self._last:
-            poison_(tensor)
-        self._received.poison()
-        self._last = []
-
-    def close(self) -> None:
-        """See `Transport.close`."""
-        self._buffer.destroy()
-
-    def about(self) -> dict[str, Any]:
-        """See `Transport.about`."""
-        return {"deep_ep": {"version": self._package.version}}
 
     def _taken(self) -> _Handle:
         if self._handle is None:
