@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_trial_on_the_cpu_passes_skips_with_the_reason_and_runs_nothing_twice(tm
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("A trial on the CPU with tiny shapes: no time means anything")
     assert "| 2 PASS; 2 of 2 as expected |" in table
-    assert "| graph-bf16 | skipped | 0 | skipped: needs GPUs |" in table
+    assert re.search(r"\| graph-bf16 \| skipped \| \d+ \| skipped: needs GPUs \|", table), table
     assert "cases-collective: passed before" in run_ep8(*trial).stdout
 
 
