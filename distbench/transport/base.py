@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.errors import DistbenchError
 from distbench.transport.sum_order import SumOrder
 from distbench.workload.batch import TokenBatch
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from distbench.distributed.session import Session
 
 POISON_ID = 0x7FFF_0000
+_NEEDED = {
+    "dispatch_recv": "dispatch_send()",
+    "sources": "a dispatch; call it between dispatch and combine",
+    "combine": "a dispatch; the two strictly alternate",
+    "combine_recv": "combine_send()",
+}
 
 
 class TransportContext(NamedTuple):
@@ -132,6 +139,8 @@ class WholeTransport(Transport):
     """A transport whose dispatch and combine are one call each, made in the receive half."""
 
     sends_early = False
+    __batch: TokenBatch | None = None
+    __returning: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
     def dispatch(self, batch: TokenBatch) -> Dispatched:
@@ -146,16 +155,41 @@ class WholeTransport(Transport):
         self.__batch = batch
 
     def dispatch_recv(self) -> Dispatched:
-        """See `Transport.dispatch_recv`."""
-        return self.dispatch(self.__batch)
+        """See `Transport.dispatch_recv`.
+
+        Raises:
+            DistbenchError: no dispatch was begun.
+        """
+        batch, self.__batch = self.__batch, None
+        if batch is None:
+            refuse_turn("dispatch_recv")
+        return self.dispatch(batch)
 
     def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
         """Keep the rows for the receive half."""
         self.__returning = expert_out, ids
 
     def combine_recv(self) -> Tensor:
-        """See `Transport.combine_recv`."""
-        return self.combine(*self.__returning)
+        """See `Transport.combine_recv`.
+
+        Raises:
+            DistbenchError: no combine was begun.
+        """
+        back, self.__returning = self.__returning, None
+        if back is None:
+            refuse_turn("combine_recv")
+        return self.combine(*back)
+
+
+def refuse_turn(call: str) -> NoReturn:
+    """Refuse a call, a key of `_NEEDED`, that came before the one it needs.
+
+    Raises:
+        DistbenchError: names both.
+
+    """
+    message = f"{call}() was called without {_NEEDED[call]}"
+    raise DistbenchError(message)
 
 
 class TransportAround(Transport):

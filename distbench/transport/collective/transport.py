@@ -18,7 +18,7 @@ from distbench.case.kinds import inputs_of
 from distbench.case.plugins import Plugin
 from distbench.distributed.exchange import Exchange, Underway, wait_for
 from distbench.errors import DistbenchError
-from distbench.transport.base import Dispatched, Transport, TransportContext, poison_
+from distbench.transport.base import Dispatched, Transport, TransportContext, poison_, refuse_turn
 from distbench.transport.collective.arrival import Arrivals, Geometry, RowCounts
 from distbench.transport.collective.route import DispatchState, Mover, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.collective.rows import TorchRows
@@ -110,8 +110,7 @@ class CollectiveTransport(Transport):
         """
         plan, travel, self._travel = self._plan, self._travel, None
         if plan is None or travel is None:
-            message = "dispatch_recv() was called without dispatch_send()"
-            raise DistbenchError(message)
+            refuse_turn("dispatch_recv")
         self._received.total_recv.fill_(self._traffic.total_received)
         wait_for(travel)
         self.mover.arrive(plan)
@@ -134,8 +133,7 @@ class CollectiveTransport(Transport):
         """
         back, self._returning = self._returning, None
         if back is None:
-            message = "combine_recv() was called without combine_send()"
-            raise DistbenchError(message)
+            refuse_turn("combine_recv")
         wait_for(back.travel)
         self.mover.stay_back(back.expert_out, back.plan, back.returned)
         self._forget(back.plan.route)
@@ -145,8 +143,7 @@ class CollectiveTransport(Transport):
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
         if self._plan is None:
-            message = "sources() was called without a dispatch; call it between dispatch and combine"
-            raise DistbenchError(message)
+            refuse_turn("sources")
         self._source_tokens.copy_(self._plan.route.numbers)
         return self._sources.index_select(0, self._plan.rows)
 
@@ -226,8 +223,7 @@ class CollectiveTransport(Transport):
     def _take_plan(self, ids: Tensor) -> DispatchState:
         plan, self._plan = self._plan, None
         if plan is None or self._travel is not None:
-            message = "combine() was called without a dispatch; the two strictly alternate"
-            raise DistbenchError(message)
+            refuse_turn("combine")
         if ids.shape[0] != plan.route.ids.shape[0]:
             message = (
                 f"combine: ids have {ids.shape[0]} rows, this rank dispatched {plan.route.ids.shape[0]} tokens; "

@@ -23,7 +23,7 @@ from distbench.case.stages import Stage
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.base import Dispatched, Transport, TransportContext, poison_
+from distbench.transport.base import Dispatched, Transport, TransportContext, poison_, refuse_turn
 from distbench.transport.mori.checks import (
     check_batch,
     check_device,
@@ -142,8 +142,7 @@ class MoriTransport(Transport):
         """
         sent, self._sent = self._sent, None
         if sent is None:
-            message = "dispatch_recv() was called without dispatch_send()"
-            raise DistbenchError(message)
+            refuse_turn("dispatch_recv")
         batch, known, outputs = sent
         if outputs is None:
             outputs = self._dispatch(self._op.dispatch, batch)
@@ -166,8 +165,7 @@ class MoriTransport(Transport):
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
         if not self._under_way:
-            message = "sources() was called without a dispatch; call it between dispatch and combine"
-            raise DistbenchError(message)
+            refuse_turn("sources")
         stride = self._case.ep_size * self._case.max_dispatch_tokens_per_rank
         flat = self._op.get_dispatch_src_token_pos().to(self._device).long()
         return torch.stack([flat.div(stride, rounding_mode="floor"), flat % stride], dim=1)
@@ -195,8 +193,7 @@ class MoriTransport(Transport):
         """
         back, self._returning = self._returning, None
         if back is None:
-            message = "combine_recv() was called without combine_send()"
-            raise DistbenchError(message)
+            refuse_turn("combine_recv")
         combined = back.combined
         if combined is None:
             combined = self._combine(self._op.combine, back.rows, back.routing)
@@ -277,8 +274,7 @@ class MoriTransport(Transport):
     def _take_known(self, ids: Tensor) -> _Known:
         known = self._known
         if known is None or not self._under_way or self._sent is not None:
-            message = "combine() was called without a dispatch; the two strictly alternate"
-            raise DistbenchError(message)
+            refuse_turn("combine")
         self._under_way = False
         if ids is not known.batch.ids or self._device.type == "cpu":
             check_routing_is_own(ids, known.routing)

@@ -18,7 +18,7 @@ from distbench.case.stages import Stage
 from distbench.case.timeouts import patience
 from distbench.distributed.waits import collective, missed, waiting
 from distbench.errors import DistbenchError
-from distbench.transport.base import Dispatched, Transport, TransportContext, poison_
+from distbench.transport.base import Dispatched, Transport, TransportContext, poison_, refuse_turn
 from distbench.transport.collective.route import words
 from distbench.transport.symmetric.memory import check_mappable, interpreted, map_memory
 from distbench.transport.symmetric.plan import CONTROL_WORDS, plan_memory
@@ -128,8 +128,7 @@ class SymmetricTransport(Transport):
             DistbenchError: no dispatch was begun.
         """
         if not self._under_way:
-            message = "dispatch_recv() was called without dispatch_send()"
-            raise DistbenchError(message)
+            refuse_turn("dispatch_recv")
         return self._received
 
     def write_late(self, flaw: str) -> None:
@@ -148,8 +147,7 @@ class SymmetricTransport(Transport):
             DistbenchError: without a dispatch, or `ids` are not as many as were dispatched.
         """
         if not self._under_way or self._batch is None:
-            message = "combine() was called without a dispatch; the two strictly alternate"
-            raise DistbenchError(message)
+            refuse_turn("combine")
         if ids.shape[0] != self._batch.places.shape[0]:
             message = (
                 f"combine: ids have {ids.shape[0]} rows, this rank dispatched {self._batch.places.shape[0]} tokens; "
@@ -169,8 +167,7 @@ class SymmetricTransport(Transport):
 
         back, batch, self._returning = self._returning, self._batch, None
         if back is None or batch is None:
-            message = "combine_recv() was called without combine_send()"
-            raise DistbenchError(message)
+            refuse_turn("combine_recv")
         rows, ids = back[0].contiguous(), back[1].contiguous()
         tokens = ids.shape[0]
         out = rows.new_empty(tokens, self._columns, dtype=torch.float32 if interpreted() else rows.dtype)
@@ -207,8 +204,7 @@ class SymmetricTransport(Transport):
             DistbenchError: rows were refused, since the receive buffer was full; or no dispatch was made.
         """
         if not self._under_way:
-            message = "sources() was called without a dispatch; call it between dispatch and combine"
-            raise DistbenchError(message)
+            refuse_turn("sources")
         total, lost = self._read_control(_TOTAL, _LOST)
         if lost:
             message = (
