@@ -118,11 +118,17 @@ class RecordedCall:
         self._launches = [_repeated(launch, spans) for launch in launches]
         self._given = []
 
+    @property
+    def num_launches(self) -> int:
+        """Launches that can be repeated; interpreted ones cannot."""
+        return len(self._launches)
+
     def repeat(self, addresses: list[int], device: torch.device) -> None:
         """Make the launches again, with other tensors at `addresses` in the place of those given."""
-        space = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=device)
-        addresses.append(space.data_ptr())
-        stream = current_stream(space.get_device())
+        if self.scratch_bytes:
+            space = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=device)  # kept until all are launched
+            addresses.append(space.data_ptr())
+        stream = current_stream(device.index)
         for one in self._launches:
             one.repeat(addresses, stream)
 

@@ -61,7 +61,10 @@ class DispatchState(NamedTuple):
 
 
 class Mover(Protocol):
-    """Moves and adds one rank's rows on its device. All movers give the same bits, and none waits for the device."""
+    """Moves and adds one rank's rows on its device. All movers give the same bits, and none waits for the device.
+
+    Before an exchange it poisons the rows that peers will send: enough of each to recognise one that did not arrive.
+    """
 
     name: str
 
@@ -69,21 +72,27 @@ class Mover(Protocol):
         """Copy the leaving rows into `route.outgoing`; parts [n, .] are the batch's fields, as words."""
 
     def stay(self, parts: Sequence[Tensor], plan: DispatchState) -> None:
-        """Move the rank's own rows as far as possible while the others travel; poison the last combine's buffer."""
+        """Move the rank's own rows as far as possible while the others travel.
 
-    def arrive(self, plan: DispatchState) -> None:
-        """Copy all received rows into their slots."""
+        After `leave` and `stay`, the rows that the last combine received are poison.
+        """
+
+    def arrive(self, plan: DispatchState, total_recv: Tensor) -> None:
+        """Copy all received rows into their slots, and write their number to total_recv [1]."""
 
     def send_back(self, expert_out: Tensor, plan: DispatchState) -> Tensor:
-        """Return the expert rows that go back to peers, [arriving, H]; a row past the end of expert_out is poison."""
+        """Return the expert rows that go back to peers, as bytes; a row past the end of expert_out is poison.
+
+        The token numbers of the rows that peers have sent become poison.
+        """
 
     def room(self, expert_out: Tensor) -> Tensor:
-        """Return a buffer for returning rows; the first [leaving, H], those of peers, are poisoned."""
+        """Return memory for the rows that peers return, as bytes; poison before its first use."""
 
-    def stay_back(self, expert_out: Tensor, plan: DispatchState, returned: Tensor) -> None:
+    def stay_back(self, expert_out: Tensor, plan: DispatchState) -> None:
         """Copy the rank's own rows to the place where `add` reads them."""
 
-    def add(self, expert_out: Tensor, plan: DispatchState, returned: Tensor, slots: Tensor) -> Tensor:
+    def add(self, expert_out: Tensor, plan: DispatchState, slots: Tensor) -> Tensor:
         """Add each token's rows in order, from +0.0, in float32, with one rounding: [n, H].
 
         slots int64 [n, c]: the index of a row as sent; the number of sent rows means poison, one more means no row.
@@ -137,27 +146,28 @@ def sent_rows(going: Tensor, traffic: RowCounts) -> tuple[Tensor, Tensor]:
 
 
 class Room:
-    """Memory for the rows of one step, reused between calls."""
+    """Memory for the rows of one step, reused between calls.
 
-    def __init__(self, rows: int, poisoned: int = 0) -> None:
-        """Keep `rows` rows, of which `poison` poisons the first `poisoned`."""
-        self._rows, self._poisoned = rows, poisoned
-        self._kept: Tensor | None = None
-        self._telling: Tensor | None = None
+    `rows` are all of them. Of those that travel, the first, `wire` are the bytes and `telling` the first columns,
+    enough to recognise a row that did not arrive.
+    """
 
-    def of(self, like: Tensor) -> Tensor:
-        """Return rows of like's width and dtype: the previous ones, or new ones filled with poison."""
-        kept = self._kept
-        if kept is None or kept.shape[1] != like.shape[1] or kept.dtype != like.dtype:
-            kept = self._kept = like.new_empty(self._rows, like.shape[1])
-            self._telling = kept[: self._poisoned, :_TELLING_COLUMNS]
-            poison_(kept)
-        return kept
+    rows: Tensor
+    wire: Tensor
+    telling: Tensor | None = None
 
-    def poison(self) -> None:
-        """Poison the first columns of the first rows, enough to recognise a row that did not arrive."""
-        if self._telling is not None:
-            poison_(self._telling)
+    def __init__(self, travelling: int, others: int = 0) -> None:
+        self._travelling, self._size = travelling, travelling + others
+
+    def of(self, like: Tensor) -> bool:
+        """Have rows of like's width and dtype: the previous ones, or new ones filled with poison. Whether new."""
+        if self.telling is not None and self.rows.shape[1] == like.shape[1] and self.rows.dtype == like.dtype:
+            return False
+        rows = self.rows = like.new_empty(self._size, like.shape[1])
+        poison_(rows)
+        self.wire = rows[: self._travelling].view(torch.uint8)
+        self.telling = rows[: self._travelling, :_TELLING_COLUMNS]
+        return True
 
 
 def words(rows: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Kernels that move rows between batch, rows in transit and receive buffer; and combine's sum. Indices are int64."""
+"""Kernels that move rows between batch, rows in transit and receive buffer; and combine's sum. Indices are int64.
+
+Indices have no alignment of their own, so a recorded launch takes those of any order.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def _copy(
     tl.store(target + to * TARGET + column, tl.load(source + row * SOURCE + column, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source_rows", "target_rows", "value"])
 def move(
     source0,
     target0,
@@ -27,16 +30,23 @@ def move(
     target3,
     source_rows,
     target_rows,
+    marked,
+    value,
     SOURCES: tl.constexpr,
     TARGETS: tl.constexpr,
     WIDTHS: tl.constexpr,
     BLOCKS: tl.constexpr,
     PICK: tl.constexpr,
     PUT: tl.constexpr,
+    MARKS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """Copy up to four fields of a row, from source_rows[i] (i, unless PICK) to target_rows[i] (i, unless PUT).
 
-    A program copies a block of the first field; a row's first program copies the other fields too.
+    A program copies a block of the first field; a row's first program copies the other fields too. It also marks the
+    first MARKS columns of row i of `marked`, whose stride is STRIDE, of the first row only if FIRST is 1: by NaN, or by
+    the integer `value`.
     """
     number = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -50,12 +60,29 @@ def move(
             _copy(source2, target2, row, to, SOURCES[2], TARGETS[2], WIDTHS[2], 0, BLOCKS[2])
         if WIDTHS[3]:
             _copy(source3, target3, row, to, SOURCES[3], TARGETS[3], WIDTHS[3], 0, BLOCKS[3])
+        if MARKS:
+            _mark(marked, number, value, MARKS, STRIDE, FIRST)
 
 
-@triton.jit(do_not_specialize=["there"])
-def take_back(expert_out, slots, out, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy expert_out[slots[i]] to out[i]; NaN where the slot is not below `there`, the number of rows."""
+@triton.jit
+def _mark(marked, number, value, MARKS: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr):
+    column = tl.arange(0, MARKS)
+    inside = column < tl.where(number * FIRST == 0, MARKS, 0)
+    mark = tl.full([MARKS], float("nan"), tl.float32) if marked.dtype.element_ty.is_floating() else value
+    tl.store(marked + number * STRIDE + column, mark, mask=inside)
+
+
+@triton.jit(do_not_specialize=["slots", "there", "poison"])
+def take_back(
+    expert_out, slots, out, numbers, there, poison, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr
+):
+    """Copy expert_out[slots[i]] to out[i]; NaN where the slot is not below `there`, the number of rows.
+
+    The token number of row i, numbers[i * STRIDE], becomes `poison`.
+    """
     number = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        tl.store(numbers + number * STRIDE, poison)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     slot = tl.load(slots + number)
@@ -64,7 +91,7 @@ def take_back(expert_out, slots, out, there, WIDTH: tl.constexpr, BLOCK: tl.cons
     tl.store(out + number * WIDTH + column, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["there", "leaving", "sent"])
+@triton.jit(do_not_specialize=["own_slots", "rows", "there", "leaving", "sent"])
 def add_rows(
     returned,
     expert_out,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distbench.transport.base import poison_
 from distbench.transport.collective.arrival import RowCounts
 from distbench.transport.collective.route import DispatchState, Room, Route
 
@@ -22,8 +23,7 @@ class TorchRows:
     def __init__(self, traffic: RowCounts) -> None:
         self.sum_in_order = sum_in_order
         self._traffic = traffic
-        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.total_sent + 2, traffic.leaving)
-        self._zeroed: Tensor | None = None
+        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.leaving, traffic.own + 2)
 
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
         """See `Mover.leave`."""
@@ -34,33 +34,35 @@ class TorchRows:
         """See `Mover.stay`."""
         for part, lane in zip(parts, plan.route.lanes, strict=True):
             _take(part, plan.route.staying, lane.staying)
-        self._returned.poison()
+        if self._returned.telling is not None:
+            poison_(self._returned.telling)
 
-    def arrive(self, plan: DispatchState) -> None:
+    def arrive(self, plan: DispatchState, total_recv: Tensor) -> None:
         """See `Mover.arrive`."""
+        total_recv.fill_(self._traffic.total_received)
         for lane in plan.route.lanes:
             _take(lane.incoming, plan.rows, lane.buffer)
 
     def send_back(self, expert_out: Tensor, plan: DispatchState) -> Tensor:
         """See `Mover.send_back`."""
-        outgoing = self._outgoing.of(expert_out)
-        self._take_back(expert_out, plan.slots, outgoing)
-        return outgoing
+        self._outgoing.of(expert_out)
+        self._take_back(expert_out, plan.slots, self._outgoing.rows)
+        poison_(plan.route.peers_numbers)
+        return self._outgoing.wire
 
     def room(self, expert_out: Tensor) -> Tensor:
         """See `Mover.room`; the last two rows are poison and zeros."""
-        rows = self._returned.of(expert_out)
-        if rows is not self._zeroed:
-            rows[-1].zero_()
-            self._zeroed = rows
-        return rows
+        if self._returned.of(expert_out):
+            self._returned.rows[-1].zero_()
+        return self._returned.wire
 
-    def stay_back(self, expert_out: Tensor, plan: DispatchState, returned: Tensor) -> None:
+    def stay_back(self, expert_out: Tensor, plan: DispatchState) -> None:
         """See `Mover.stay_back`."""
-        self._take_back(expert_out, plan.own_slots, returned[self._traffic.leaving : -2])
+        self._take_back(expert_out, plan.own_slots, self._returned.rows[self._traffic.leaving : -2])
 
-    def add(self, expert_out: Tensor, plan: DispatchState, returned: Tensor, slots: Tensor) -> Tensor:  # noqa: ARG002
+    def add(self, expert_out: Tensor, plan: DispatchState, slots: Tensor) -> Tensor:  # noqa: ARG002
         """See `Mover.add`."""
+        returned = self._returned.rows
         count, width = slots.shape
         total = returned.new_empty(count, returned.shape[1])
         step = max(_GATHERED_BYTES // (width * returned.shape[1] * returned.element_size()), 1)

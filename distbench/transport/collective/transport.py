@@ -44,7 +44,6 @@ class _Returning(NamedTuple):
     expert_out: Tensor
     ids: Tensor
     plan: DispatchState
-    returned: Tensor
     travel: Sequence[Underway]
 
 
@@ -52,9 +51,9 @@ class CollectiveTransport(Transport):
     """Stand-in for MoRI's IntraNode kernel: see `Transport` for the contract.
 
     Received rows lie in a seeded random order that changes with each call, like an order made by atomics, unless
-    `shuffled` is false. Each call erases the rows of earlier ones itself: see `_forget` and `Mover.room`. On a device
-    neither call waits for it once a routing is known: ids passed in the same tensor again count as unchanged, and the
-    tensor must not be written to meanwhile.
+    `shuffled` is false. Each call erases the rows of earlier ones itself: see `Mover`. On a device neither call waits
+    for it once a routing is known: ids passed in the same tensor again count as unchanged, and the tensor must not be
+    written to meanwhile.
 
     A send half starts the exchange of rows and copies the rank's own meanwhile; the receive half waits for it.
     """
@@ -78,6 +77,8 @@ class CollectiveTransport(Transport):
         self._route: Route | None = None
         self._adding: _Slots | None = None
         self._plan: DispatchState | None = None
+        self._batch: TokenBatch | None = None
+        self._fields: list[Tensor] = []
         self._travel: Sequence[Underway] | None = None
         self._returning: _Returning | None = None
         self._received = self._allocate(like)
@@ -97,7 +98,7 @@ class CollectiveTransport(Transport):
         mover = self.mover
         route = self._route = self._route_of(batch.ids)
         plan = self._plan = DispatchState(route, *self._arrivals.next())
-        parts = [words(part.contiguous()) for part in batch if part is not None]
+        parts = self._fields_of(batch)
         mover.leave(parts, route)
         self._travel = self._exchange(route.from_peers, route.outgoing, to_experts=True)
         mover.stay(parts, plan)
@@ -111,9 +112,8 @@ class CollectiveTransport(Transport):
         plan, travel, self._travel = self._plan, self._travel, None
         if plan is None or travel is None:
             refuse_turn("dispatch_recv")
-        self._received.total_recv.fill_(self._traffic.total_received)
         wait_for(travel)
-        self.mover.arrive(plan)
+        self.mover.arrive(plan, self._received.total_recv)
         return self._received
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
@@ -135,10 +135,8 @@ class CollectiveTransport(Transport):
         if back is None:
             refuse_turn("combine_recv")
         wait_for(back.travel)
-        self.mover.stay_back(back.expert_out, back.plan, back.returned)
-        self._forget(back.plan.route)
-        slots = self._slots_of(back.ids, back.plan.route).rows
-        return self.mover.add(back.expert_out, back.plan, back.returned, slots)
+        self.mover.stay_back(back.expert_out, back.plan)
+        return self.mover.add(back.expert_out, back.plan, self._slots_of(back.ids, back.plan.route).rows)
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -160,6 +158,14 @@ class CollectiveTransport(Transport):
             ids=rows(like.ids),
             total_recv=like.ids.new_zeros(1),
         )
+
+    def _fields_of(self, batch: TokenBatch) -> list[Tensor]:
+        """The batch's fields as contiguous words: those of the call before where they are views of the same batch."""
+        if batch is not self._batch:
+            parts = [part for part in batch if part is not None]
+            self._fields = [words(part.contiguous()) for part in parts]
+            self._batch = batch if all(part.is_contiguous() for part in parts) else None
+        return self._fields
 
     def _is_known(self, known: Route | _Slots, ids: Tensor) -> bool:
         """Whether these are the ids of `known`; comparing values on a device would wait for it."""
@@ -185,12 +191,8 @@ class CollectiveTransport(Transport):
         received = incoming, incoming[:arriving], numbers[:, 0], numbers[:arriving, 0]
         route = Route(ids, ids.clone(), leaving, staying, position, outgoing, *received, lanes)
         self._adding = None
-        self._forget(route)
-        return route
-
-    def _forget(self, route: Route) -> None:
-        """Overwrite the token numbers of rows from peers, so that a missing row is not taken for an earlier one."""
         poison_(route.peers_numbers)
+        return route
 
     def _check_counts(self, asked: list[int]) -> None:
         if asked != self._traffic.sent:
@@ -214,11 +216,9 @@ class CollectiveTransport(Transport):
         return ()
 
     def _send_back(self, expert_out: Tensor, ids: Tensor, *, at_once: bool) -> _Returning:
-        plan, traffic, mover = self._take_plan(ids), self._traffic, self.mover
-        outgoing, returned = mover.send_back(expert_out, plan), mover.room(expert_out)
-        incoming = returned[: traffic.leaving].view(torch.uint8)
-        travel = self._exchange(incoming, outgoing.view(torch.uint8), to_experts=False, at_once=at_once)
-        return _Returning(expert_out, ids, plan, returned, travel)
+        plan, mover = self._take_plan(ids), self.mover
+        outgoing, incoming = mover.send_back(expert_out, plan), mover.room(expert_out)
+        return _Returning(expert_out, ids, plan, self._exchange(incoming, outgoing, to_experts=False, at_once=at_once))
 
     def _take_plan(self, ids: Tensor) -> DispatchState:
         plan, self._plan = self._plan, None

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-from distbench.transport.base import poison_
+from distbench.transport.base import POISON_ID, poison_
 from distbench.transport.collective.arrival import Arrivals, Geometry, RowCounts
 from distbench.transport.collective.route import DispatchState, Mover, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.collective.rows import TorchRows
@@ -28,6 +28,9 @@ def main() -> None:
         for name in theirs:
             found[f"{columns} {topk} {kept} {name}"] = torch.equal(ours[name], theirs[name])
         poison.append(theirs["sum is NaN"].flatten())
+        found[f"{columns} {topk} {kept} numbers poisoned"] = bool((ours["numbers"] == POISON_ID).all())
+        if kept == 1:
+            found[f"{columns} {topk} rows poisoned"] = bool(ours["rows poisoned"].all())
     found["some sums are poison"] = 0 < int(torch.cat(poison).sum()) < torch.cat(poison).numel()
     json.dump(found, sys.stdout)
 
@@ -47,14 +50,21 @@ def _ends(make: type[TorchRows | TritonRows], columns: int, topk: int, kept: flo
     fields = [words(part.contiguous()) for part in parts]
     mover.leave(fields, route)
     mover.stay(fields, plan)
-    mover.arrive(plan)
+    total_recv = torch.zeros(1, dtype=torch.int32)
+    mover.arrive(plan, total_recv)
     expert_out = _awkward(generator, int(kept * traffic.total_received), columns)
-    back, returned = mover.send_back(expert_out, plan), mover.room(expert_out)
-    returned[: traffic.leaving] = _awkward(generator, traffic.leaving, columns)
-    mover.stay_back(expert_out, plan, returned)
+    back = mover.send_back(expert_out, plan).view(expert_out.dtype)
+    returned = mover.room(expert_out).view(expert_out.dtype)
+    returned[:] = _awkward(generator, traffic.leaving, columns)
+    mover.stay_back(expert_out, plan)
     slots = torch.randint(traffic.total_sent + 2, (TOKENS, topk), generator=generator)
-    total = mover.add(expert_out, plan, returned, slots)
+    total = mover.add(expert_out, plan, slots)
     ends = {f"buffer {index}": buffer.view(torch.uint8) for index, buffer in enumerate(buffers)}
+    ends |= {"total_recv": total_recv, "numbers": route.peers_numbers.clone()}
+    if kept == 1:
+        mover.leave(fields, route)  # the next dispatch
+        mover.stay(fields, plan)
+        ends |= {"rows poisoned": returned[:, :8].isnan()}
     ends |= {"outgoing": torch.cat([lane.leaving.view(torch.uint8) for lane in route.lanes], dim=1)}
     for name, rows in (("back", back), ("sum", total)):
         ends |= {name: rows.nan_to_num(1.5).view(torch.int16), f"{name} is NaN": rows.isnan()}
