@@ -310,6 +310,105 @@ class ReturnsNothing(Same):
         return None  # type: ignore[return-value]
 
 
+class WritesWeights(ExpertsAround):
+    """Experts that round their weights in place, so that they compute with what they hold."""
+
+    def __init__(self, context: ExpertsContext) -> None:
+        super().__init__(reference_experts(context))
+
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        weights.w2.view(torch.int16).bitwise_and_(-16)
+        return super().__call__(given, weights)
+
+
+class WritesMask(ExpertsAround):
+    """Experts that leave another mask."""
+
+    def __init__(self, context: ExpertsContext) -> None:
+        super().__init__(reference_experts(context))
+
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        rows = super().__call__(given, weights)
+        weights.mask.fill_(1)
+        return rows
+
+
+class InPlace(ExpertsAround):
+    """Experts whose right rows replace the rows that they were given."""
+
+    def __init__(self, context: ExpertsContext) -> None:
+        super().__init__(reference_experts(context))
+
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        given.hidden.copy_(super().__call__(given, weights))
+        return given.hidden
+
+
+class WritesCount(ExpertsAround):
+    """Experts that leave no live row."""
+
+    def __init__(self, context: ExpertsContext) -> None:
+        super().__init__(reference_experts(context))
+
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        rows = super().__call__(given, weights)
+        given.num_local_tokens.zero_()
+        return rows
+
+
+class Late(TransportAround):
+    """A transport whose first row is there only once the experts have read it."""
+
+    def __init__(self, context: TransportContext) -> None:
+        super().__init__(collective_transport(context))
+
+    def dispatch_recv(self) -> Dispatched:
+        self._received = super().dispatch_recv()
+        self._row = self._received.hidden[0].clone()
+        self._received.hidden[0] = 0
+        return self._received
+
+    def sources(self) -> Tensor:
+        self._received.hidden[0] = self._row
+        return super().sources()
+
+
+class KeepsIds(TransportAround):
+    """A transport whose combine adds by the ids of its first call."""
+
+    def __init__(self, context: TransportContext) -> None:
+        super().__init__(collective_transport(context))
+        self._ids: Tensor | None = None
+
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
+        self._ids = ids.clone() if self._ids is None else self._ids
+        super().combine_send(expert_out, self._ids)
+
+
+class OneBuffer(TransportAround):
+    """A transport that returns the tokens of all its calls in the same memory; wrong in the arm `wrong`."""
+
+    wrong = ""
+
+    def __init__(self, context: TransportContext) -> None:
+        super().__init__(collective_transport(context))
+        self._session = context.session
+        self._tokens: Tensor | None = None
+
+    def combine_recv(self) -> Tensor:
+        tokens = super().combine_recv()
+        self._tokens = torch.empty_like(tokens) if self._tokens is None else self._tokens
+        return self._tokens.copy_(tokens * 2 if self._session.heartbeat.arm == self.wrong else tokens)
+
+
+class OneBufferPadded(OneBuffer):
+    wrong = "padded"
+
+
+class OneBufferTruncated(OneBuffer):
+    wrong = "truncated"
+
+
 class Unweighted(Same):
     """Experts that apply no routing weight."""
 

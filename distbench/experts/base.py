@@ -77,7 +77,7 @@ class Experts(ABC):
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """Return each row's sum over its local experts, weighted: bf16 [M, H]; valid until the next call.
 
-        Rows at and past num_local_tokens are undefined.
+        Rows at and past num_local_tokens are undefined. It writes to none of its arguments.
         """
 
     def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:  # noqa: B027

@@ -50,7 +50,8 @@ class ArmErrors:
             exchange,
             parts.workload,
             slots,
-            parts.weights,
+            # the experts may write to their mask by mistake, and the ideal would index by it
+            parts.weights._replace(mask=parts.weights.mask.clone()),
             parts.transport.facts,
             resolved.case.repeats + min(resolved.case.iterations, 1),
             len(Arm) - (parts.caller is None),

@@ -18,6 +18,12 @@ from distbench.workload.batch import TokenBatch
 class Inspector(Protocol):
     """Inspects the buffers of a pass before combine releases them."""
 
+    def arrived(self, dispatched: Dispatched, sub_batch: int = 0) -> None:
+        """Look at the receive buffer before the cut; the host does not wait for a device."""
+
+    def given(self, given: ExpertInput, sub_batch: int = 0) -> None:
+        """Look at the experts' input before they run; the host does not wait for a device."""
+
     def __call__(
         self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor, sub_batch: int = 0
     ) -> None:
@@ -42,10 +48,13 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
     """
     mark(Stage.DISPATCH)
     dispatched = transport.dispatch(batch)
+    if inspect is not None:
+        inspect.arrived(dispatched)
     mark(Stage.TRUNCATE)
     given = cut(dispatched)
     mark(Stage.EXPERTS)
     if inspect is not None:
+        inspect.given(given)
         experts.check(given, weights)
     expert_out = experts(given, weights)
     if inspect is not None:
@@ -89,10 +98,13 @@ def _received_and_computed(
     if one.place:
         mark(Stage.DISPATCH)
     dispatched = one.transport.dispatch_recv()
+    if inspect is not None:
+        inspect.arrived(dispatched, one.place)
     mark(Stage.TRUNCATE)
     given = one.around(cut)(dispatched)
     mark(Stage.EXPERTS)
     if inspect is not None:
+        inspect.given(given, one.place)
         one.experts.check(given, weights)
     made = one.experts(given, weights)
     if inspect is not None:

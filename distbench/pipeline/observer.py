@@ -21,6 +21,7 @@ from distbench.pipeline.recorder import Finished, PartRecorder
 from distbench.transport.base import Dispatched
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
+from distbench.verify.changes import Looks, WeightsWatch
 from distbench.verify.combine_check import CombineChecker, Combined, Own, Rider
 from distbench.verify.combine_model import OwnSlots, Returned, together
 from distbench.verify.difference_map import differing_cells
@@ -61,6 +62,27 @@ class Measured(NamedTuple):
     layer_graphs: list[LayerGraph]
 
 
+class ArmInspector(NamedTuple):
+    """What an observer sees of the passes of one arm; see `Inspector`."""
+
+    observer: Observer
+    arm: str
+
+    def arrived(self, dispatched: Dispatched, sub_batch: int = 0) -> None:
+        """See `Inspector.arrived`."""
+        self.observer.looks(sub_batch).arrived(dispatched)
+
+    def given(self, given: ExpertInput, sub_batch: int = 0) -> None:
+        """See `Inspector.given`."""
+        self.observer.looks(sub_batch).given(given)
+
+    def __call__(
+        self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor, sub_batch: int = 0
+    ) -> None:
+        """See `Inspector.__call__`."""
+        self.observer.inspect(self.arm, sources, dispatched, given, expert_out, sub_batch)
+
+
 class Observer:
     """Checks each pass and each repeat, and keeps the outputs and findings to report.
 
@@ -93,6 +115,7 @@ class Observer:
         self._errors = (
             ArmErrors(session, resolved, parts, exchange, slots, received) if self._expected is None else None
         )
+        self._weights = WeightsWatch(parts.weights, session.rank)
         self._taken: list[tuple[Tensor, Tensor]] = []
         self._divergences: list[Divergence] = []
         self._lost = LostRows()
@@ -105,6 +128,14 @@ class Observer:
         self._rows: list[dict[str, int]] = [{} for _ in self._stages]
         self._joined: tuple[list[Returned], Returned] | None = None
         self._wrong = self._settled = False
+
+    def inspector(self, arm: str) -> ArmInspector:
+        """Return what inspects the passes of `arm`."""
+        return ArmInspector(self, arm)
+
+    def looks(self, sub_batch: int) -> Looks:
+        """Return the looks at the rows of a sub-batch, or of the whole batch."""
+        return self._stages[sub_batch].looks
 
     def inspect(  # noqa: PLR0913 - the buffers of a pass
         self,
@@ -122,7 +153,8 @@ class Observer:
         limit = self._resolved.limit
         if limit is not None and self._resolved.case.policy != "guard":
             self._take_beyond(arm, sources[limit:], sub_batch)
-        stages, counts = self._stages[sub_batch], counts_of(dispatched, given)
+        stages = self._stages[sub_batch]
+        counts = counts_of(dispatched, given, stages.looks)
         rows = self._rows_after_cut(arm, dispatched.hidden.shape[0], counts.total)
         cut = stages.check_cut(arm, sources, counts, given, rows)
         for found in [*stages.check_rows(arm, sources, counts, dispatched, given, expert_out), cut]:
@@ -130,6 +162,7 @@ class Observer:
                 self._note(msgspec.structs.replace(found, sub_batch=SUB_BATCHES[sub_batch]))
             else:
                 self._note(found)
+        stages.looks.begin()
         if self._recorder is not None:
             self._recorder.take(arm, sources, given, expert_out, joins=sub_batch > 0)
 
@@ -175,7 +208,8 @@ class Observer:
         return wrong
 
     def end(self) -> None:
-        """Take the oracle among the outputs, after all passes, and let the recorder end."""
+        """Take the oracle among the outputs, after all passes, look at the weights, and let the recorder end."""
+        self._note(self._weights.changed())
         if self._expected is not None:
             self.outputs[ORACLE] = self._expected
         if self._recorder is not None:

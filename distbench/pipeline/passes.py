@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from distbench.pipeline.replays import replay_graph
 from distbench.pipeline.stage_clock import StageClock
 from distbench.pipeline.timed_arms import time_arms
 from distbench.pipeline.truncation import arms_of
+from distbench.pipeline.turned import turned
 from distbench.verify.records import ResolvedCase
 
 
@@ -29,10 +29,10 @@ class Passes:
     def run(self) -> Measured:
         """Run every arm `repeats` times. Collective."""
         case, observer = self._resolved.case, self._observer
-        arms = self._arms()
+        arms, parts = self._arms(), self._parts_of_arms()
         for repeat in range(case.repeats):
             fresh: dict[str, Tensor] = {
-                arm: self._run_arm(arm, self._parts.layer(cut, partial(observer.inspect, arm)))
+                arm: self._run_arm(arm, parts.get(arm, self._parts).layer(cut, observer.inspector(arm)))
                 for arm, cut in arms.items()
                 if arm != Arm.PADDED or repeat == 0
             }
@@ -66,17 +66,25 @@ class Passes:
             else {arm: injector.around(cut) for arm, cut in arms.items()}
         )
 
+    def _parts_of_arms(self) -> dict[Arm, Parts]:
+        """Return the parts of arms whose tokens are one place further, so that no two arms in a row send the same.
+
+        Where rows are lost, the cut arms lose those of the same places.
+        """
+        other = turned(self._parts, self._resolved.case)
+        return {Arm.CONTROL: other} if self._resolved.lossy else {Arm.CONTROL: other, Arm.REPADDED: other}
+
     def _production(self, mark: Callable[[Stage], None]) -> Tensor:
         from distbench.pipeline.production import run_production  # noqa: PLC0415 - nothing is loaded without a caller
 
         observer = self._observer
-        return run_production(self._parts, partial(observer.inspect, Arm.PRODUCTION), observer.take_call, mark)
+        return run_production(self._parts, observer.inspector(Arm.PRODUCTION), observer.take_call, mark)
 
     def _run_arm(self, arm: Arm, layer: Callable[[Callable[[Stage], None]], Tensor]) -> Tensor:
         heartbeat = self._session.heartbeat
         heartbeat.arm = arm
         self._parts.forget()
-        combined = layer(self._clock.mark)
+        combined = layer(self._clock.mark).clone()  # a transport may give the same memory again in the next arm
         self._clock.mark(Stage.CHECK)
         self._observer.take(arm, combined)
         heartbeat.arm = ""

@@ -101,6 +101,7 @@ class _Steps(Steps):
     def given(self, given: ExpertInput) -> None:
         """See `Steps.given`."""
         self._mark(Stage.EXPERTS)
+        self._inspect.given(given, self._batch.place)
         self._parts.experts.check(given, self._parts.weights)
 
     def made(self, dispatched: Dispatched, call: Call) -> None:

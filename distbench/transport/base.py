@@ -113,8 +113,8 @@ class Transport(ABC):
     def combine_recv(self) -> Tensor:
         """Return the sum of this rank's tokens: [n, H] of expert_out's dtype, zeros where no expert was valid.
 
-        Contributions are added in the order of the top-k slots, in float32, with one rounding. One whose row a rank
-        did not return, past its cut, is NaN.
+        They stay until the next call. Contributions are added in the order of the top-k slots, in float32, with one
+        rounding. One whose row a rank did not return, past its cut, is NaN.
         """
 
     @abstractmethod

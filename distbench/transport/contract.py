@@ -55,7 +55,7 @@ class CheckedTransport(TransportAround):
         """
         found = self._contract.call("dispatch.returns", self._inner.dispatch_recv)
         self._check_dispatched(found)
-        self._total = found.total_recv
+        self._total = found.total_recv.clone()  # which the experts, or combine, may overwrite
         return found
 
     def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from distbench.case.stages import Arm, Stage
 from distbench.experts.base import ExpertInput
 from distbench.transport.base import Dispatched
+from distbench.verify.changes import OVERWRITTEN, Looks
 from distbench.verify.combine_model import Returned, key_of, split_key
 from distbench.verify.damage_patterns import far_sources, pattern_of
 from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, Divergence, Evidence, WrongRow
@@ -56,17 +57,19 @@ def foreseen(workload: Workload, rank: int, own: TokenBatch) -> tuple[Tensor | N
 
 
 class Counts(NamedTuple):
-    """Numbers of rows of a pass: received by dispatch, and live for the experts."""
+    """Numbers of rows of a pass: received by dispatch, and live for the experts; `left` once they ran."""
 
     total: int
     live: int
+    left: int
 
 
-def counts_of(dispatched: Dispatched, given: ExpertInput) -> Counts:
+def counts_of(dispatched: Dispatched, given: ExpertInput, looks: Looks) -> Counts:
     """Return the counts of a pass; the host waits for a device once."""
+    counts = (*looks.counts(dispatched, given), given.num_local_tokens)
     if dispatched.total_recv.is_cpu:
-        return Counts(int(dispatched.total_recv), int(given.num_local_tokens))
-    return Counts(*torch.cat([dispatched.total_recv, given.num_local_tokens]).tolist())
+        return Counts(*map(int, counts))
+    return Counts(*torch.cat(counts).tolist())
 
 
 class Span(NamedTuple):
@@ -133,6 +136,7 @@ class StageChecker:
         self._known: Received | None = None
         self._baseline: _Baseline | None = None
         self._returned: dict[str, Returned] = {}
+        self.looks = Looks(self._total)
 
     def check_rows(  # noqa: PLR0913 - the buffers of a pass
         self,
@@ -167,6 +171,7 @@ class StageChecker:
         found = [
             self._check_count(arm, "capacity", dispatched.hidden.shape[0], self._capacity),
             self._check_count(arm, "total_recv", counts.total, self._total),
+            self._check_left(arm, counts),
         ]
         if not same.inputs:
             wrong, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
@@ -175,6 +180,8 @@ class StageChecker:
         if same.rows and reference is not None:
             self._returned[arm] = Returned(keys, reference)
         else:
+            late, place = self._check_late(place, self._known.batch)
+            found.append(late)
             found.append(self._check_expert_rows(place, keys, rows))
         return [one for one in found if one is not None]
 
@@ -190,7 +197,7 @@ class StageChecker:
 
     def check_cut(self, arm: str, sources: Tensor, counts: Counts, given: ExpertInput, rows: int) -> Divergence | None:
         """Return the divergence of a cut that does not keep `rows` rows, or that loses a received row."""
-        total, live = counts
+        total, live, _ = counts
         cut = Divergence(stage=Stage.TRUNCATE, arm=arm, rank=self._rank, field="rows", against="received", rows=0)
         first = min(live, given.rows)
         if total > first:
@@ -228,21 +235,58 @@ class StageChecker:
         wrong = place.wrong_rows(after, right)
         if wrong is None:
             return found, None
+        by_cut, by_experts = self.looks.touched(given, place.order)
         received = place.wrong_rows(before, right)
+        here = wrong if received is None else wrong & (~received | by_cut)
+        stages = [(Stage.TRUNCATE, here & ~by_experts), (Stage.EXPERTS, wrong & by_experts)]
         if received is not None:
-            wrongly = place.describe(Stage.DISPATCH, before, right, received, len(self._counts))
-            if wrongly is not None:
-                sources, slots = place.sources[place.order], place.slots(before)
-                wrongly.evidence.by_source, wrongly.evidence.received = wrong_rows(
-                    sources, slots, received, before, right, self._workload.group
-                )
-            found.append(wrongly)
-            wrong_in_cut = wrong & ~received
-        else:
-            wrong_in_cut = wrong
-        if bool(wrong_in_cut.any()):
-            found.append(place.describe(Stage.TRUNCATE, after, right, wrong_in_cut, len(self._counts)))
+            found.append(self._check_received(place, right, before, received & ~by_cut & ~by_experts))
+        for stage, rows in stages:
+            if bool(rows.any()):
+                told = place.describe(stage, after, right, rows, len(self._counts))
+                found.append(_as_overwritten(told) if stage == Stage.EXPERTS else told)
         return found, wrong
+
+    def _check_received(self, place: _Place, right: TokenBatch, before: TokenBatch, wrong: Tensor) -> Divergence | None:
+        """Return the divergence of the rows `wrong` [m] as they were received, with what tells who damaged them."""
+        if not bool(wrong.any()):
+            return None
+        found = place.describe(Stage.DISPATCH, before, right, wrong, len(self._counts))
+        if found is not None:
+            sources, slots = place.sources[place.order], place.slots(before)
+            found.evidence.by_source, found.evidence.received = wrong_rows(
+                sources, slots, wrong, before, right, self._workload.group
+            )
+        return found
+
+    def _check_late(self, place: _Place, right: TokenBatch) -> tuple[Divergence | None, _Place]:
+        """Return the divergence of rows that came after dispatch had returned, and the place without them."""
+        late = self.looks.late([part for part in right if part is not None], place.order)
+        late = late if place.visible is None else late & place.visible
+        if not bool(late.any()):
+            return None, place
+        slots = place.order[late]
+        tokens = [(rank, token) for rank, token in place.sources[slots][:LISTED_TOKENS].tolist()]
+        found = Divergence(
+            stage=Stage.DISPATCH,
+            arm=place.arm,
+            rank=self._rank,
+            source_rank=tokens[0][0],
+            source_token=tokens[0][1],
+            row=int(slots[0]),
+            field="received rows",
+            against="source when dispatch returned",
+            rows=len(slots),
+            evidence=Evidence(pattern="rows that came late", tokens=tokens),
+        )
+        return found, place.without(late)
+
+    def _check_left(self, arm: str, counts: Counts) -> Divergence | None:
+        """Return the divergence of a live-row count that the experts have overwritten."""
+        if counts.left == counts.live:
+            return None
+        found = Divergence(stage=Stage.EXPERTS, arm=arm, rank=self._rank, field="num_local_tokens", against="", rows=1)
+        return _as_overwritten(found)
 
     def _check_count(self, arm: str, field: str, count: int, agreed: int) -> Divergence | None:
         """Return a divergence where a number of rows that dispatch gives differs from the agreed number."""
@@ -438,6 +482,14 @@ def _glance(  # noqa: PLR0913 - what is known, and the buffers
     pairs = [(keys, known.keys), *place.pairs(batch, known.batch)]
     same = same_bits_each(pairs if reference is None else [*pairs, (rows, reference)])
     return _Same(same[0], all(same[1 : len(pairs)]), reference is not None and same[-1])
+
+
+def _as_overwritten(found: Divergence | None) -> Divergence | None:
+    """Return the divergence of an argument of the experts as one that they have made themselves."""
+    if found is None:
+        return None
+    evidence = msgspec.structs.replace(found.evidence, pattern=f"{found.field} {OVERWRITTEN}", fields=[found.field])
+    return msgspec.structs.replace(found, against="what the experts were given", evidence=evidence)
 
 
 def _cut_alike(given: ExpertInput) -> bool:

@@ -74,20 +74,30 @@ def _made(
         type(fault).mutant = mutant._replace(patches=patches)
         fault._patched = fault._patched_steps()
         transport, experts, cut = injector.transport, injector.experts, injector.around(padded)
-    rows: list[Tensor] = []
-
-    def inspect(
-        sources: Tensor,
-        dispatched: Dispatched,  # noqa: ARG001
-        given: ExpertInput,  # noqa: ARG001
-        expert_out: Tensor,
-        sub_batch: int = 0,  # noqa: ARG001
-    ) -> None:
-        rows.append(expert_out[: len(sources)].clone())
-
-    tokens = run_layer(parts.batch, parts.weights, transport, experts, cut, inspect, lambda _: None)
+    seen = _Rows()
+    tokens = run_layer(parts.batch, parts.weights, transport, experts, cut, seen, lambda _: None)
     transport.close()
-    return rows[0], tokens.clone()
+    return seen.rows, tokens.clone()
+
+
+class _Rows:
+    """Keeps the expert rows of a pass."""
+
+    rows: Tensor
+
+    def arrived(self, dispatched: Dispatched, sub_batch: int = 0) -> None: ...
+
+    def given(self, given: ExpertInput, sub_batch: int = 0) -> None: ...
+
+    def __call__(
+        self,
+        sources: Tensor,
+        dispatched: Dispatched,  # noqa: ARG002
+        given: ExpertInput,  # noqa: ARG002
+        expert_out: Tensor,
+        sub_batch: int = 0,  # noqa: ARG002
+    ) -> None:
+        self.rows = expert_out[: len(sources)].clone()
 
 
 class _Log:

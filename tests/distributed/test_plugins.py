@@ -58,6 +58,11 @@ def test_right_transport_and_experts_pass_and_are_named_in_the_packages() -> Non
         ({"transport": "LosesRow"}, Stage.DISPATCH, {0}),
         ({"experts": "Unweighted"}, Stage.EXPERTS, {0, 1}),
         ({"experts": "Swapped"}, Stage.EXPERTS, {0, 1}),
+        ({"experts": "InPlace"}, Stage.EXPERTS, {0}),
+        ({"experts": "WritesCount"}, Stage.EXPERTS, {0}),
+        ({"experts": "WritesMask"}, Stage.EXPERTS, {0}),
+        ({"transport": "Late"}, Stage.DISPATCH, {0}),
+        ({"transport": "OneBufferPadded"}, Stage.COMBINE, {0}),
     ],
 )
 def test_wrong_values_of_a_plugin_are_attributed_to_its_stage_and_rank(
@@ -68,6 +73,30 @@ def test_wrong_values_of_a_plugin_are_attributed_to_its_stage_and_rank(
     assert found.judgement.first_divergence is not None
     assert found.judgement.first_divergence.stage == stage
     assert found.judgement.first_divergence.rank in ranks
+
+
+def test_experts_that_round_their_weights_in_place_are_no_pass() -> None:
+    found = outcome(brought(experts="WritesWeights", numerics="gaussian", require="tolerance"))
+    assert found.judgement.verdict is Verdict.BASELINE_WRONG
+    first = found.judgement.first_divergence
+    assert first is not None
+    assert (first.stage, first.field) == (Stage.EXPERTS, "w2")
+
+
+def test_combine_that_keeps_the_ids_of_its_first_call_is_seen_in_the_next() -> None:
+    found = outcome(brought(transport="KeepsIds", numerics="exact", topk=1))
+    assert found.judgement.verdict is Verdict.CORRUPT
+    first = found.judgement.first_divergence
+    assert first is not None
+    assert (first.arm, first.stage) == (Arm.CONTROL, Stage.COMBINE)
+
+
+def test_tokens_in_the_same_memory_in_each_call_are_those_of_their_own_arm() -> None:
+    assert outcome(brought(transport="OneBuffer")).judgement.verdict is Verdict.PASS
+    found = outcome(brought(transport="OneBufferTruncated", numerics="exact"))
+    assert found.judgement.verdict is Verdict.CORRUPT
+    assert found.judgement.first_divergence is not None
+    assert found.judgement.first_divergence.arm == Arm.TRUNCATED
 
 
 def test_fault_of_a_plugin_is_injected_counted_and_attributed() -> None:

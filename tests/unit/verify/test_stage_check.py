@@ -32,7 +32,7 @@ class Scene(NamedTuple):
 
     def told(self, arm: str = "padded", cut: Callable[[Dispatched], ExpertInput] = padded) -> list[Divergence]:
         given = cut(self.dispatched)
-        counts = counts_of(self.dispatched, given)
+        counts = counts_of(self.dispatched, given, self.checker.looks)
         return self.checker.check_rows(arm, self.sources, counts, self.dispatched, given, self.rows)
 
 
@@ -158,7 +158,9 @@ def cut_of(dispatched: Dispatched, rows: int, **uncut: Any) -> ExpertInput:
 def test_single_tensor_that_is_not_truncated_is_found(field: str) -> None:
     found = scene(dtype="fp8")
     given = cut_of(found.dispatched, TOKENS, **{field: getattr(found.dispatched, field)})
-    told = found.checker.check_cut("truncated", found.sources, counts_of(found.dispatched, given), given, TOKENS)
+    told = found.checker.check_cut(
+        "truncated", found.sources, counts_of(found.dispatched, given, found.checker.looks), given, TOKENS
+    )
     assert told is not None
     assert (told.stage, told.field, told.proven) == ("truncate", "tensors", True)
 
@@ -166,7 +168,9 @@ def test_single_tensor_that_is_not_truncated_is_found(field: str) -> None:
 def test_hidden_rows_that_are_not_truncated_are_found_by_row_count() -> None:
     found = scene()
     given = cut_of(found.dispatched, TOKENS, hidden=found.dispatched.hidden)
-    told = found.checker.check_cut("truncated", found.sources, counts_of(found.dispatched, given), given, TOKENS)
+    told = found.checker.check_cut(
+        "truncated", found.sources, counts_of(found.dispatched, given, found.checker.looks), given, TOKENS
+    )
     assert told is not None
     assert told.field == "row count"
 
@@ -184,5 +188,81 @@ def test_hidden_rows_that_are_not_truncated_are_found_by_row_count() -> None:
 def test_truncation_is_checked_against_its_limit(kept: int, live: int, wanted: int, field: str, rows: int) -> None:
     found = scene()
     given = cut_of(found.dispatched, kept, num_local_tokens=torch.tensor([live], dtype=torch.int32))
-    told = found.checker.check_cut("truncated", found.sources, counts_of(found.dispatched, given), given, wanted)
+    told = found.checker.check_cut(
+        "truncated", found.sources, counts_of(found.dispatched, given, found.checker.looks), given, wanted
+    )
     assert (told.field if told else "", told.rows if told else 0) == (field, rows)
+
+
+def looked_at(found: Scene) -> ExpertInput:
+    """The experts' input, after both looks."""
+    given = padded(found.dispatched)
+    found.checker.looks.arrived(found.dispatched)
+    found.checker.looks.given(given)
+    return given
+
+
+@pytest.mark.parametrize("field", ["hidden", "scales", "weights", "ids"])
+def test_input_that_the_experts_overwrite_is_a_finding_of_the_experts(field: str) -> None:
+    found = scene(dtype="fp8")
+    looked_at(found)
+    flip(getattr(found.dispatched, field), byte=0)
+    (told,) = found.told()
+    assert (told.stage, told.field, told.rows, told.source_token) == ("experts", field, 1, 5)
+    assert told.evidence.pattern == f"{field} overwritten by the experts"
+
+
+def test_words_of_a_row_that_change_so_that_their_sum_stays_are_a_change() -> None:
+    found = scene()
+    looked_at(found)
+    words = found.dispatched.hidden.view(torch.int64)[2]
+    words[0] += 1
+    words[1] -= 1
+    (told,) = found.told()
+    assert told.stage == "experts"
+
+
+def test_buffer_that_the_cut_overwrites_is_a_finding_of_the_cut() -> None:
+    found = scene()
+    found.checker.looks.arrived(found.dispatched)
+    flip(found.dispatched.weights)
+    found.checker.looks.given(padded(found.dispatched))
+    (told,) = found.told()
+    assert (told.stage, told.field, told.rows) == ("truncate", "weights", 1)
+
+
+def test_row_that_was_wrong_before_the_experts_is_a_finding_of_dispatch() -> None:
+    found = scene()
+    flip(found.dispatched.hidden)
+    looked_at(found)
+    flip(found.dispatched.hidden, row=3)
+    told = found.told()
+    assert [(one.stage, one.rows, one.row) for one in told] == [("dispatch", 1, 2), ("experts", 1, 3)]
+
+
+def test_row_that_comes_after_the_experts_is_a_finding_of_dispatch_alone() -> None:
+    found = scene()
+    flip(found.dispatched.hidden)
+    looked_at(found)
+    flip(found.dispatched.hidden)
+    flip(found.rows)
+    (told,) = found.told()
+    assert (told.stage, told.field, told.rows, told.row) == ("dispatch", "received rows", 1, 2)
+    assert told.evidence.pattern == "rows that came late"
+
+
+def test_looks_of_another_pass_blame_nobody() -> None:
+    found = scene()
+    looked_at(found)
+    found.checker.looks.begin()
+    flip(found.dispatched.hidden)
+    (told,) = found.told()
+    assert told.stage == "dispatch"
+
+
+def test_live_count_that_the_experts_overwrite_is_theirs_alone() -> None:
+    found = scene()
+    given = looked_at(found)
+    given.num_local_tokens.zero_()
+    (told,) = found.told()
+    assert (told.stage, told.field) == ("experts", "num_local_tokens")
