@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from distbench.case.stages import CUT_ARMS, Arm, Stage
@@ -21,11 +22,15 @@ from distbench.verify.stage_check import Received
 
 
 class Made(NamedTuple):
-    """The arms of a repeat: their tokens, those bool [n] that lost a row, the rows given to combine, kernels' rows."""
+    """The arms of a repeat: their tokens, those bool [n] that lost a row, the rows given to combine, kernels' rows.
+
+    `unfit` gives the keys of rows that the experts were given wrong, or None.
+    """
 
     fresh: Mapping[str, Tensor]
     lost: Mapping[str, Tensor]
     returned: Callable[[str], Returned | None]
+    unfit: Callable[[str], Tensor | None]
     rows: Mapping[str, int]
 
 
@@ -80,10 +85,15 @@ class ArmErrors:
     def _asked(self, made: Made) -> tuple[dict[str, Pass], dict[str, Roundings]]:
         """Return the passes of a repeat, and the roundings of their kernels."""
         passes = {
-            arm: Pass(made.returned(arm), tokens, self._beyond.get(arm), made.lost.get(arm))
+            arm: Pass(made.returned(arm), tokens, self._left_out(made, arm), made.lost.get(arm))
             for arm, tokens in made.fresh.items()
         }
         return passes, {arm: self._roundings(count) for arm, count in made.rows.items()}
+
+    def _left_out(self, made: Made, arm: str) -> Tensor | None:
+        """Return the keys of rows that say nothing of the experts: past the limit, or given to them wrong."""
+        keys = [one for one in (self._beyond.get(arm), made.unfit(arm)) if one is not None]
+        return torch.cat(keys) if keys else None
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
         """Return the error of tokens that an arm gave again; None where none was made, or rows are lost. Collective."""

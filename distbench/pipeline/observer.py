@@ -194,7 +194,9 @@ class Observer:
         """
         self._count_wrong_tokens()
         wrong = bool(self._damaged) or self._differs(fresh)
-        made = Made(fresh, lost, self._returned, {arm: kernel["rows"] for arm, kernel in self.kernels.items()})
+        made = Made(
+            fresh, lost, self._returned, self._unfit, {arm: kernel["rows"] for arm, kernel in self.kernels.items()}
+        )
         if self._expected is None or (wrong := self._session.on_any_rank(value=wrong)):
             rider = None if self._errors is None else self._errors.rider(made)
             wrong = self._check_combine(fresh, lost, rider, wrong=wrong)
@@ -317,6 +319,11 @@ class Observer:
         joined = together(parts)
         self._joined = self._joined or (parts, joined)
         return joined
+
+    def _unfit(self, arm: str) -> Tensor | None:
+        """Keys int64 [u] of rows with wrong inputs in the last pass of `arm`, of all sub-batches; None for none."""
+        parts = [keys for stages in self._stages if (keys := stages.unfit(arm)) is not None]
+        return torch.cat(parts) if parts else None
 
     def _keep(self, fresh: dict[str, Tensor], lost: dict[str, Tensor], *, settled: bool) -> None:
         self.outputs |= fresh

@@ -46,6 +46,8 @@ def diagnose(resolved: ResolvedCase, gathered: Gathered, judgement: Judgement) -
     resolved, gathered = part
     roots = _roots(part)
     causes = _causes(gathered, roots)
+    if causes and (beside := _outside_ideal(part, causes)) is not None:
+        causes.append(beside)
     found = [
         _lost_by_the_cut(resolved, gathered),
         _several(causes),
@@ -267,12 +269,19 @@ def _first_wrong_stage(gathered: Gathered, judgement: Judgement) -> Diagnosis | 
     )
 
 
-def _outside_ideal(part: Part) -> Diagnosis | None:
+def _outside_ideal(part: Part, causes: Sequence[Diagnosis] = ()) -> Diagnosis | None:
     """Return the ranks whose error is outside its bounds, where all arms have the same wrong bits.
 
-    Tokens are sums of expert rows: whose row makes them wrong is known only where the rows themselves are.
+    Tokens are sums of expert rows: whose row makes them wrong is known only where the rows themselves are. Beside other
+    `causes` only expert rows count, of ranks whose experts none of them names.
     """
-    wrong = [(record.rank, error) for record in part.records for error in record.errors if not error.within]
+    named = {rank for one in causes if one.stage == Stage.EXPERTS for rank in one.ranks}
+    wrong = [
+        (record.rank, error)
+        for record in part.records
+        for error in record.errors
+        if not error.within and not (causes and (error.stage != Stage.EXPERTS or record.rank in named))
+    ]
     if not wrong:
         return None
     arm, stage = min(((error.arm, error.stage) for _, error in wrong), key=_origin)

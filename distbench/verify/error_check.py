@@ -55,8 +55,8 @@ class _Side(NamedTuple):
 class Pass(NamedTuple):
     """One arm of a repeat: the rows this rank returned to combine, and combine's output tokens [n, H].
 
-    Where the cut removed rows: the keys int64 [l] of those lost here, and a mask of tokens [n] that lost one on any
-    rank.
+    Where there are some: the keys int64 [l] of rows here that the cut removed, or that the experts were given wrong,
+    and a mask of tokens [n] that lost a row to the cut on any rank.
     """
 
     returned: Returned | None

@@ -144,8 +144,8 @@ def excuse(part: Part, arm: str) -> Excuse:
 def is_noise(part: Part, found: Divergence) -> bool:
     """Whether a divergence is other bits of expert rows that the rank's kernel explains.
 
-    Both sides must be within their ideal: the arm's rows, and the padded ones that they are compared with. Errors of an
-    arm whose rows arrived damaged say nothing of its experts: there the tolerance decides.
+    Both sides must be within their ideal: the arm's rows, and the padded ones that they are compared with. Rows that
+    arrived damaged are not measured; of an arm that has no others the tolerance decides.
     """
     record = next(record for record in part.records if record.rank == found.rank)
     if found.proven or _is_outside(part, record, found):
@@ -157,10 +157,10 @@ def _is_outside(part: Part, record: Observation, found: Divergence) -> bool:
     """Whether the two sides of a divergence of expert rows are further apart than the rounding of a kernel."""
     if not part.measured:
         return found.far > 0
-    damaged = {one.arm for one in record.divergences if one.stage == Stage.DISPATCH}
     compared = {found.arm, Arm.PADDED}
-    measured = [one for one in record.errors if one.stage == found.stage and one.arm in compared - damaged]
+    measured = [one for one in record.errors if one.stage == found.stage and one.arm in compared]
     outside = any(not one.within and (found.far or not one.nan_rows) for one in measured)  # a NaN counts if far
+    damaged = {one.arm for one in record.divergences if one.stage == Stage.DISPATCH} - {one.arm for one in measured}
     return outside or bool(found.far and not compared.isdisjoint(damaged))
 
 

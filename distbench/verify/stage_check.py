@@ -136,6 +136,7 @@ class StageChecker:
         self._known: Received | None = None
         self._baseline: _Baseline | None = None
         self._returned: dict[str, Returned] = {}
+        self._unfit: dict[str, Tensor] = {}
         self.looks = Looks(self._total)
 
     def check_rows(  # noqa: PLR0913 - the buffers of a pass
@@ -153,6 +154,7 @@ class StageChecker:
         removed are not checked here; see `check_cut`.
         """
         self._returned.pop(arm, None)
+        self._unfit.pop(arm, None)
         keys, order = key_of(sources[:, 0], sources[:, 1]).sort()
         received = keys.shape[0]
         live = min(counts.live, given.rows, received)
@@ -176,12 +178,13 @@ class StageChecker:
         if not same.inputs:
             wrong, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
             found += wrong
-            place = place.without(unfit)
+            place = self._without(place, keys, unfit)
         if same.rows and reference is not None:
             self._returned[arm] = Returned(keys, reference)
         else:
-            late, place = self._check_late(place, self._known.batch)
+            late, came_late = self._check_late(place, self._known.batch)
             found.append(late)
+            place = self._without(place, keys, came_late)
             found.append(self._check_expert_rows(place, keys, rows))
         return [one for one in found if one is not None]
 
@@ -194,6 +197,10 @@ class StageChecker:
     def returned(self, arm: str) -> Returned | None:
         """Return the rows that the last pass of `arm` gave to combine; None where the received rows are unknown."""
         return self._returned.get(arm)
+
+    def unfit(self, arm: str) -> Tensor | None:
+        """Return the keys int64 [u] of rows with wrong inputs in the last pass of `arm`; None where there are none."""
+        return self._unfit.get(arm)
 
     def check_cut(self, arm: str, sources: Tensor, counts: Counts, given: ExpertInput, rows: int) -> Divergence | None:
         """Return the divergence of a cut that does not keep `rows` rows, or that loses a received row."""
@@ -224,6 +231,14 @@ class StageChecker:
             return None
         field, pattern, against = wrong[0]
         return msgspec.structs.replace(cut, field=field, against=against, rows=1, evidence=Evidence(pattern=pattern))
+
+    def _without(self, place: _Place, keys: Tensor, unfit: Tensor | None) -> _Place:
+        """Return the place without the rows `unfit` [m], of which the experts are not asked; note their keys [m]."""
+        if unfit is not None:
+            known = self._unfit.get(place.arm)
+            here = keys[unfit]
+            self._unfit[place.arm] = here if known is None else torch.cat([known, here])
+        return place.without(unfit)
 
     def _check_inputs(
         self, place: _Place, right: TokenBatch, dispatched: Dispatched, given: ExpertInput
@@ -259,12 +274,12 @@ class StageChecker:
             )
         return found
 
-    def _check_late(self, place: _Place, right: TokenBatch) -> tuple[Divergence | None, _Place]:
-        """Return the divergence of rows that came after dispatch had returned, and the place without them."""
+    def _check_late(self, place: _Place, right: TokenBatch) -> tuple[Divergence | None, Tensor | None]:
+        """Return the divergence of rows that came after dispatch had returned, and a mask [m] of them."""
         late = self.looks.late([part for part in right if part is not None], place.order)
         late = late if place.visible is None else late & place.visible
         if not bool(late.any()):
-            return None, place
+            return None, None
         slots = place.order[late]
         tokens = [(rank, token) for rank, token in place.sources[slots][:LISTED_TOKENS].tolist()]
         found = Divergence(
@@ -279,7 +294,7 @@ class StageChecker:
             rows=len(slots),
             evidence=Evidence(pattern="rows that came late", tokens=tokens),
         )
-        return found, place.without(late)
+        return found, late
 
     def _check_left(self, arm: str, counts: Counts) -> Divergence | None:
         """Return the divergence of a live-row count that the experts have overwritten."""

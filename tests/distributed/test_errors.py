@@ -47,6 +47,15 @@ def test_rows_lost_to_a_short_limit_are_left_out() -> None:
     assert rows["truncated"] < rows["padded"]
 
 
+def test_rows_that_arrived_wrong_are_left_out_so_that_the_experts_answer_for_the_others() -> None:
+    arrived = "mutant:name=one-row-of-another-token,rank=1"
+    outcome = outcome_of(gaussian_case(inject=arrived))
+    assert {(one.stage, *one.ranks) for one in outcome.diagnosis} == {("dispatch", 1)}
+    assert all(error.within for error in errors_of(outcome) if error.stage == "experts")
+    outcome = outcome_of(gaussian_case(inject=f"{arrived};mutant:name=gelu-for-silu,rank=1"))
+    assert {(one.stage, *one.ranks) for one in outcome.diagnosis} == {("", 1), ("dispatch", 1), ("experts", 1)}
+
+
 ARMS = ("padded", "truncated")
 
 

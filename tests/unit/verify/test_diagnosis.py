@@ -178,14 +178,23 @@ def test_right_rows_that_differ_from_wrong_padded_ones_are_no_rounding_differenc
     assert told(asked(**GAUSSIAN), noise, everywhere) == [("experts", [1], "likely")]
 
 
-def test_errors_of_rows_that_arrived_damaged_blame_no_experts_unless_other_rows_are_far() -> None:
-    rounded = [divergence("control", against=Arm.PADDED, rank=0)]
-    noise: dict[str, Any] = {"divergences": rounded, "errors": rows_within("padded")}
+def test_experts_are_blamed_beside_damaged_arrivals_by_the_errors_of_their_other_rows() -> None:
     arrived = divergence("padded", "dispatch", "source", rank=0)
-    near = noise | {"divergences": [*rounded, arrived]}
-    assert [stage for stage, *_ in told(asked(**GAUSSIAN), near)] == ["dispatch"]
-    far = noise | {"divergences": [divergence("control", against=Arm.PADDED, rank=0, far=4), arrived]}
-    assert "experts" in [stage for stage, *_ in told(asked(**GAUSSIAN), far)]
+    rounded = divergence("control", against=Arm.PADDED, rank=0)
+    outside = {"divergences": [arrived], "errors": rows_within(*ARMS)}
+    found = told(asked(**GAUSSIAN), outside)
+    assert found[1:] == [("dispatch", [0], "certain"), ("experts", [0], "likely")]
+    within = {"divergences": [arrived, rounded], "errors": rows_within()}
+    assert told(asked(**GAUSSIAN), within) == [("dispatch", [0], "certain")]
+
+
+def test_rows_that_are_far_blame_experts_whose_arrivals_are_all_damaged() -> None:
+    arrived = divergence("padded", "dispatch", "source", rank=0)
+    others = [arm_error(arm, within=True, stage="experts") for arm in ARMS if arm not in ("padded", "control")]
+    for far, stages in ((0, ["dispatch"]), (4, ["", "dispatch", "experts"])):
+        rounded = divergence("control", against=Arm.PADDED, rank=0, far=far)
+        damaged = {"divergences": [arrived, rounded], "errors": others}
+        assert [stage for stage, *_ in told(asked(**GAUSSIAN), damaged)] == stages
 
 
 def test_rounding_difference_is_diagnosed_if_nothing_else_is_wrong() -> None:
