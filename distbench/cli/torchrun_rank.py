@@ -11,14 +11,26 @@ from typing import TYPE_CHECKING
 
 from distbench.errors import InvalidCase, LaunchFailed, Unsupported
 from distbench.utils.text import one_line
+from distbench.utils.variables import whole
 
 if TYPE_CHECKING:
     from distbench.launcher.job import Job
 
+_NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "GROUP_WORLD_SIZE": 1}
+"""Variables that torchrun sets for each rank, with their least values."""
+_FIX = "torchrun sets it for each rank: start the ranks by torchrun, or unset TORCHELASTIC_RUN_ID to start them here"
+
 
 def world_size() -> int | None:
-    """Number of ranks, where torchrun started this process as one of them; else None."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    """Number of ranks, where torchrun started this process as one of them; else None.
+
+    Raises:
+        InvalidCase: one of torchrun's numbers is missing, or is none.
+
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return {name: whole(name, os.environ.get(name, ""), least, _FIX) for name, least in _NUMBERS.items()}["WORLD_SIZE"]
 
 
 def is_rank_0() -> bool:

@@ -14,6 +14,9 @@ from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.devices import runs_on_device
+from distbench.utils.variables import whole
+
+_LOCAL_RANKS = "LOCAL_WORLD_SIZE"
 
 
 class GroupSession(Session):
@@ -26,7 +29,8 @@ class GroupSession(Session):
         """Make a group of the same ranks, with gloo, and NCCL where the group has it. Collective over `group`.
 
         Raises:
-            InvalidCase: torch.distributed is not initialised, or this process is not in the group.
+            InvalidCase: torch.distributed is not initialised, this process is not in the group, or LOCAL_WORLD_SIZE is
+                no number of ranks.
         """
         if not dist.is_initialized():
             message = "run_in_group: torch.distributed is not initialised; call init_process_group first"
@@ -37,7 +41,7 @@ class GroupSession(Session):
             raise InvalidCase(message)
         self.heartbeat = Heartbeat(None)
         self.world_size = dist.get_world_size(group)
-        self.local_ranks = min(int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size))), self.world_size)
+        self.local_ranks = min(_launched_here(self.world_size), self.world_size)
         self.device = torch.device("cpu")
         self.shared = None
         on_devices = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
@@ -63,6 +67,11 @@ class GroupSession(Session):
     def close(self) -> None:
         """Leave; the group is kept for the next session, until the job destroys its groups."""
         self._closing.close()
+
+
+def _launched_here(world_size: int) -> int:
+    """Ranks that the job's launcher started on this host; `world_size` where it does not say."""
+    return whole(_LOCAL_RANKS, os.environ.get(_LOCAL_RANKS, str(world_size)), least=1)
 
 
 _groups: dict[tuple[int, tuple[int, ...], str], tuple[Any, dist.ProcessGroup]] = {}

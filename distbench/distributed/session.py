@@ -23,6 +23,7 @@ from distbench.distributed.waits import collective, waiting
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.devices import runs_on_device
 from distbench.utils.process import usable_cores
+from distbench.utils.variables import switch
 
 SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
 """Environment variable; 0 makes ranks of one host communicate as those of several hosts do."""
@@ -75,7 +76,7 @@ class Session:
         backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"  # which takes both
         timeout = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s
-        self._sharing = environ.get(SHARED_MEMORY, "1") != "0"
+        self._sharing = switch(SHARED_MEMORY, environ.get(SHARED_MEMORY) or "1")
         with collective("group creation"):
             store, _, _ = next(rendezvous("env://", timeout=timeout))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)

@@ -23,6 +23,7 @@ from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.releases import BUCKET_RULES, padded_rows, rules_for
+from distbench.utils.variables import whole
 from distbench.utils.versions import release_of
 
 DISTRIBUTION = "amd-aiter"
@@ -243,7 +244,7 @@ def check_settings(case: Case, environ: Mapping[str, str] = os.environ) -> None:
         BYPASS_TUNE: ("aiter_bypass_tune", int(case.aiter_bypass_tune)),
     }
     for name, (key, value) in asked.items():
-        if int(environ.get(name, "").strip() or 0) != value:
+        if whole(name, environ.get(name, "").strip() or "0") != value:
             _refuse(f"{key} = {value}: aiter reads {name} in its environment; set it to {value} for the launch too")
 
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from distbench.errors import Unsupported
 from distbench.utils.text import one_line
+from distbench.utils.variables import whole
 
-_DEPTH, _LEAST_DEPTH = "NVSHMEM_QP_DEPTH", 1024
+_DEPTH, _DEFAULT_DEPTH = "NVSHMEM_QP_DEPTH", 1024
 _DEPTH_UNIT = 2
 """Entries of a queue for each token that a rank may send, and for one more: `low_latency_dispatch` asserts them."""
 _LOW_LATENCY_COLUMNS = 512
@@ -58,9 +59,10 @@ class Package:
         """Return a buffer for low-latency kernels, for at most `tokens` of each rank. Collective.
 
         Raises:
+            InvalidCase: NVSHMEM_QP_DEPTH is no whole number, or too small for a single token.
             Unsupported: its queues are too short for so many tokens, or its kernels too coarse for the columns.
         """
-        depth = int(os.environ.get(_DEPTH, _LEAST_DEPTH))
+        depth = whole(_DEPTH, os.environ.get(_DEPTH, str(_DEFAULT_DEPTH)), least=2 * _DEPTH_UNIT)
         if depth < _DEPTH_UNIT * (tokens + 1):
             message = (
                 f"transport deepep: max_dispatch_tokens_per_rank = {tokens}: low-latency kernels need {_DEPTH} of "

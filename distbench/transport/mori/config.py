@@ -20,6 +20,7 @@ from distbench.transport.mori.releases import async_buffers, refused_settings, v
 from distbench.transport.sum_order import SumOrder
 from distbench.utils.amd_arch import arch_of
 from distbench.utils.devices import architecture
+from distbench.utils.variables import whole
 from distbench.utils.versions import release_of
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
@@ -231,11 +232,13 @@ def check_environment(environ: Mapping[str, str]) -> None:
     """Refuse environment variables that would silently change the case.
 
     Raises:
+        InvalidCase: a variable that MoRI reads as a number is none.
         Unsupported: the cco backend, which waits for ranks outside the expert-parallel group.
     """
     if environ.get("MORI_EP_COMM", "shmem") != "shmem":
         message = f"env:MORI_EP_COMM = {environ['MORI_EP_COMM']!r:.40}: only the shmem backend is supported; unset it"
         raise Unsupported(message)
+    _scale_blocks(environ)
 
 
 def _ranks_per_node(case: Case, there: int) -> int:
@@ -360,8 +363,12 @@ def _scale_bytes(case: Case) -> int:
 
 
 def _block_scale_bytes(environ: Mapping[str, str]) -> int:
-    text = environ.get(_SCALE_BLOCKS, "").strip()
-    return 4 * (int(text) if text.isdigit() and int(text) else 56)
+    return 4 * _scale_blocks(environ)
+
+
+def _scale_blocks(environ: Mapping[str, str]) -> int:
+    """Blocks of a row that comes back quantised."""
+    return whole(_SCALE_BLOCKS, environ.get(_SCALE_BLOCKS, "").strip() or "56", least=1)
 
 
 def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str], in_async: int) -> int:
