@@ -65,7 +65,16 @@ class DiesAtM(Fault):
         return given
 
 
-class MaskAsMap(Fault):
+class Rerouting(Fault):
+    """Base of faults that give the experts other ids than the received ones."""
+
+    def reroute(self, given: ExpertInput, ids: Tensor) -> ExpertInput:
+        """The call with `ids` int32 [M, k]; hits are the live rows in which they differ."""
+        self.hits += int((ids != given.ids)[: _live(given)].any(1).sum())
+        return given._replace(ids=ids)
+
+
+class MaskAsMap(Rerouting):
     """The expert mask, ones and zeros, is read as the map from global to local experts."""
 
     name, stage = "mask-as-map", Stage.EXPERTS
@@ -78,11 +87,10 @@ class MaskAsMap(Fault):
         first = self.scene.rank * case.experts_per_rank
         local = (given.ids >= first) & (given.ids < first + case.experts_per_rank)
         wrong = torch.where(local, first + min(1, case.experts_per_rank - 1), given.ids)
-        self.hits += _changed(given, wrong)
-        return given._replace(ids=wrong)
+        return self.reroute(given, wrong)
 
 
-class MaskOfOnes(Fault):
+class MaskOfOnes(Rerouting):
     """The expert mask is 1 everywhere: experts of other ranks count as local, and local weights stand in for theirs."""
 
     name, stage = "mask-all-ones", Stage.EXPERTS
@@ -95,11 +103,10 @@ class MaskOfOnes(Fault):
         first = self.scene.rank * case.experts_per_rank
         valid = (given.ids >= 0) & (given.ids < case.placed_experts)
         wrong = torch.where(valid, first + given.ids % case.experts_per_rank, given.ids)
-        self.hits += _changed(given, wrong)
-        return given._replace(ids=wrong)
+        return self.reroute(given, wrong)
 
 
-class SharedTwice(Fault):
+class SharedTwice(Rerouting):
     """A rank adds its shared expert to each row that it receives, besides the rank of the row's token."""
 
     name, stage = "shared-counted-twice", Stage.EXPERTS
@@ -114,11 +121,10 @@ class SharedTwice(Fault):
         shared = (given.ids >= 0) & (given.ids < case.placed_experts)
         shared &= given.ids % local >= local - case.shared_experts
         wrong = torch.where(shared, self.scene.rank * local + given.ids % local, given.ids)
-        self.hits += _changed(given, wrong)
-        return given._replace(ids=wrong)
+        return self.reroute(given, wrong)
 
 
-class ReplicaTwice(Fault):
+class ReplicaTwice(Rerouting):
     """A rank computes the experts of which it holds a replica, also where a token's slot names another rank's."""
 
     name, stage = "replica-summed-twice", Stage.EXPERTS
@@ -139,8 +145,7 @@ class ReplicaTwice(Fault):
         valid &= (given.ids < first) | (given.ids >= first + local)
         found = own[expert_of[given.ids.long().masked_fill(~valid, 0)]]
         wrong = torch.where(valid & (found >= 0), found, given.ids).to(given.ids.dtype)
-        self.hits += _changed(given, wrong)
-        return given._replace(ids=wrong)
+        return self.reroute(given, wrong)
 
 
 class FewerSlots(Fault):
@@ -186,11 +191,6 @@ class NaNLanes(Fault):
         self.hits += _live(given)
         rows[: _live(given), -8:] = float("nan")
         return rows
-
-
-def _changed(given: ExpertInput, ids: Tensor) -> int:
-    """Live rows with another id in `ids`."""
-    return int((ids != given.ids)[: _live(given)].any(1).sum())
 
 
 def _live(given: ExpertInput) -> int:
