@@ -30,7 +30,7 @@ from distbench.pipeline.recv_bound import parse_sender_rows, recv_bound
 from distbench.transport.mori.config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.transport.mori.emulated.quirks import parse_quirks
 from distbench.utils.amd_arch import arch_of, fp8_format
-from distbench.utils.devices import compute_units, count_devices, devices_to_hold
+from distbench.utils.devices import compute_units, count_devices, devices_to_hold, interpreted
 from distbench.workload.routing_spec import (
     check_recorded_tensors,
     check_recorded_tokens,
@@ -40,6 +40,9 @@ from distbench.workload.routing_spec import (
 )
 
 _LITTLE_BYTES = 64 << 10
+_INTERPRETER, _STAND_IN = "TRITON_INTERPRET=1", "--emulate"
+_ON_CPU = {"symmetric": _INTERPRETER, "triton": _INTERPRETER, "mori": _STAND_IN, "aiter": _STAND_IN}
+"""Transports and experts for GPUs: what else they need on the CPU."""
 
 
 def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
@@ -246,11 +249,27 @@ def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None
     held: tuple[str, ...] = ()
     for shared in (False, True):
         asked = sorted({case.device for case in listed if case.share_devices == shared})
-        held = max(held, devices_to_hold(asked, local_ranks, found, shared=shared), key=len)
+        try:
+            held = max(held, devices_to_hold(asked, local_ranks, found, shared=shared), key=len)
+        except Unsupported as error:
+            message = "; ".join([str(error), *_needs_on_cpu(listed)])
+            raise Unsupported(message) from error
     if not held and any(case.graph for case in listed):
         message = f"graph: CUDA graphs need a device for each of {local_ranks} ranks, torch sees {found}"
         raise Unsupported(message)
     return held
+
+
+def _needs_on_cpu(cases: Iterable[Case]) -> list[str]:
+    """Needs, on the CPU, of the cases' parts that are for GPUs, each once."""
+    found: dict[str, None] = {}
+    for case in cases:
+        met = {_INTERPRETER: interpreted(), _STAND_IN: case.emulate}
+        for kind, name in (("transport", case.transport), ("experts", case.experts)):
+            need = _ON_CPU.get(name)
+            if need and not met[need]:
+                found[f"on the CPU {kind} {name} needs {need}"] = None
+    return list(found)
 
 
 def _check_mori(case: Case, local_ranks: int | None) -> tuple[str, ...]:

@@ -17,9 +17,12 @@ from pathlib import Path
 import msgspec
 
 from distbench.errors import Unsupported
+from distbench.utils.text import counted
+from distbench.utils.variables import whole
 
 _NODES = ("/dev/nvidia[0-9]*", "/dev/kfd")
 _KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+_UNITS = "CU_NUM"
 _UNKNOWN_UUID = f"GPU-{0:016x}"
 _SMI_SECONDS, _TORCH_SECONDS = 10, 60
 _HOT_CELSIUS = 85
@@ -74,10 +77,13 @@ def compute_units(environ: Mapping[str, str] = os.environ) -> int | None:
     """Compute units of each ROCm device of this node, as aiter counts them, without waking a device.
 
     CU_NUM overrides them, as in aiter. None where there is no such device, or where the devices differ.
+
+    Raises:
+        InvalidCase: CU_NUM is no whole number.
     """
-    told = environ.get("CU_NUM", "")
-    if told.isdecimal() and int(told):
-        return int(told)
+    told = whole(_UNITS, environ.get(_UNITS, "").strip() or "0")
+    if told:
+        return told
     counts = {_units_of(node) for node in _KFD_NODES.glob("*/properties")} - {0}
     return counts.pop() if len(counts) == 1 else None
 
@@ -112,6 +118,11 @@ def _read_properties(properties: Path) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in properties.read_text().splitlines())}
 
 
+def interpreted(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether Triton interprets its kernels on the CPU, by the words that Triton takes for yes."""
+    return environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def runs_on_device(asked: str, available: int, local_ranks: int, *, shared: bool = False) -> bool:
     """Whether a case that asks for device `asked` runs on accelerators: `auto` does where each local rank has one.
 
@@ -125,11 +136,13 @@ def runs_on_device(asked: str, available: int, local_ranks: int, *, shared: bool
     if asked == "cpu" or (asked == "auto" and available < needed):
         return False
     if available < needed:
-        fix = "start fewer ranks, or add --share-devices" if available else "distbench doctor says why"
-        message = (
-            f"device cuda: {local_ranks} ranks on this node, torch sees {available} devices; a rank takes a device of "
-            f"its own, since NCCL refuses two on one: {fix}, or use --device cpu or auto"
-        )
+        message = "device cuda: torch sees no device here, distbench doctor says why; use --device cpu or auto"
+        if available:
+            message = (
+                f"device cuda: {counted(local_ranks, 'rank')} on this node, torch sees {counted(available, 'device')}; "
+                "a rank takes a device of its own, since NCCL refuses two on one: start fewer ranks, add "
+                "--share-devices, or use --device cpu or auto"
+            )
         raise Unsupported(message)
     return True
 

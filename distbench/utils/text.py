@@ -45,6 +45,12 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, `1 row` or `2 rows`; `noun` is the singular, which may have words before it."""
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{ending}"
+
+
 def numbers(found: Iterable[int]) -> str:
     """Whole numbers as text: `0, 2-5, 7`."""
     runs: list[list[int]] = []

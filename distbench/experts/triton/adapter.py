@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from distbench.experts.quantized_weights import Quantized, QuantizedWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.table import selector_for
+from distbench.utils.devices import interpreted
 from distbench.workload.exact_plan import BLOCK
 
 
@@ -102,11 +102,6 @@ class TritonExperts(Experts):
             num_local_tokens=like.new_zeros(1, dtype=torch.int32),
         )
         self(given, weights)
-
-
-def interpreted() -> bool:
-    """Return whether Triton interprets its kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _check_triton() -> None:

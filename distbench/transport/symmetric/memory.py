@@ -16,6 +16,7 @@ from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.errors import Unsupported
 from distbench.transport.symmetric.plan import MOST_RANKS
+from distbench.utils.devices import interpreted
 from distbench.utils.text import one_line
 
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
@@ -70,16 +71,11 @@ def map_memory(session: Session, size: int) -> Mapped:
     return mapped
 
 
-def interpreted() -> bool:
-    """Whether Triton interprets its kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _check_interpreted(session: Session) -> None:
     if not interpreted():
         message = (
-            "transport symmetric: the ranks compute on the CPU, its kernels on GPUs; use --device cuda, with "
-            "--share-devices where there are fewer GPUs than ranks, or set TRITON_INTERPRET=1 for tiny cases"
+            "transport symmetric: the ranks compute on the CPU, its kernels on GPUs; set TRITON_INTERPRET=1 for tiny "
+            "cases, or, where there are GPUs, use --device cuda, with --share-devices for fewer GPUs than ranks"
         )
         raise Unsupported(message)
     if session.shared is None and dist.get_world_size(session.group) > 1:

@@ -20,8 +20,9 @@ from distbench.distributed.waits import collective, missed, waiting
 from distbench.errors import DistbenchError
 from distbench.transport.base import Dispatched, Transport, TransportContext, poison_, refuse_turn
 from distbench.transport.collective.route import words
-from distbench.transport.symmetric.memory import check_mappable, interpreted, map_memory
+from distbench.transport.symmetric.memory import check_mappable, map_memory
 from distbench.transport.symmetric.plan import CONTROL_WORDS, plan_memory
+from distbench.utils.devices import interpreted
 from distbench.utils.triton_launch import launch
 from distbench.workload.batch import TokenBatch
 

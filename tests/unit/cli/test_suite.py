@@ -247,7 +247,7 @@ def test_results_of_one_command_are_not_mixed_with_those_of_another(
             if another != name:
                 capsys.readouterr()
                 assert refused(out) == 2
-                assert f"results of something else ({name}, " in capsys.readouterr().err
+                assert f"of something else ({name}, " in capsys.readouterr().err
         assert (out / RESULTS).read_bytes() == kept
         assert main(["report", str(out), "--report=md"]) == code
 
@@ -274,7 +274,7 @@ def test_report_exits_with_the_code_of_the_last_suite_with_or_without_select(
     report = ["report", str(out), f"--report=junit={tmp_path}/junit.xml"]
     assert suite(out, seeds) == main(report) == 1
     assert suite(out, seeds, "--select=seed=0") == main(report) == 0
-    assert "the 1 cases are counted that the last command there selected; --all counts" in capsys.readouterr().err
+    assert "counts the 1 case that the last command there selected; --all counts" in capsys.readouterr().err
     assert main([*report, "--all"]) == 1
     (tmp_path / "fewer").mkdir()
     fewer = write_suite(tmp_path / "fewer" / "suite.json", [0, 2])
@@ -384,7 +384,7 @@ REFUSED = [
     Odd({"num_experts": 7}, "INVALID", "num_experts = 7: not divisible by 2 ranks"),
     Odd({"tokens": [1, 2, 3]}, "INVALID", "3 numbers for 2 ranks"),
     Odd({"transport": "mori"}, "UNSUPPORTED", "no package mori here"),
-    Odd({"device": "cuda"}, "UNSUPPORTED", "torch sees 0 devices"),
+    Odd({"device": "cuda"}, "UNSUPPORTED", "torch sees no device"),
 ]
 
 
@@ -423,6 +423,7 @@ def test_ranks_under_torchrun_count_devices_themselves(
     ranks({})
     jobs: list[Job] = []
     variables = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank}
+    variables |= {"LOCAL_RANK": rank, "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 

@@ -51,7 +51,7 @@ def test_ranks_that_share_devices_need_one_device() -> None:
     assert not runs_on_device("auto", 1, 4)
     with pytest.raises(Unsupported, match="add --share-devices"):
         runs_on_device("cuda", 1, 4)
-    with pytest.raises(Unsupported, match="torch sees 0 devices"):
+    with pytest.raises(Unsupported, match="torch sees no device"):
         runs_on_device("cuda", 0, 4, shared=True)
     assert len(devices_to_hold(["cuda"], 4, 2, shared=True)) == 2
 

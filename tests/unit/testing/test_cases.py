@@ -17,7 +17,7 @@ def test_case_that_needs_more_devices_than_there_are_is_not_supported(
     request = Request("", {"model": "tiny", "device": "cuda"}, 2, "PASS")
     ended = Runs({"test": request}, tmp_path).outcome(SimpleNamespace(nodeid="test"))  # type: ignore[arg-type]
     assert not ended.supported
-    assert ended.refused.startswith("device cuda: 2 ranks on this node, torch sees 1 devices")
+    assert ended.refused.startswith("device cuda: 2 ranks on this node, torch sees 1 device;")
 
 
 def test_keys_that_a_suite_gives_stay_where_they_are_defaults() -> None:

@@ -14,7 +14,7 @@ import torch
 from distbench.errors import Unsupported
 from distbench.launcher.preflight import check_case, check_devices
 from distbench.utils import devices
-from distbench.utils.devices import DeviceState, devices_to_hold, runs_on_device
+from distbench.utils.devices import DeviceState, devices_to_hold, interpreted, runs_on_device
 from tests.cases import tiny_case
 
 
@@ -29,7 +29,7 @@ def test_case_runs_on_devices_if_each_local_rank_has_its_own(
 
 
 def test_cuda_without_devices_is_refused_before_ranks_start() -> None:
-    with pytest.raises(Unsupported, match="2 ranks on this node, torch sees 1 devices"):
+    with pytest.raises(Unsupported, match="2 ranks on this node, torch sees 1 device;"):
         check_devices([tiny_case(2, device="auto"), tiny_case(2, device="cuda")], 2, available=1)
     assert Unsupported("").exit_code == 77
 
@@ -192,3 +192,40 @@ def test_doubts_about_a_device_state_name_their_cause() -> None:
     assert DeviceState(**good).doubts() == []
     for bad in ({"clock_mhz": 900}, {"throttled": True}, {"celsius": 90}, {"processes": 2}, {"clock_mhz": None}):
         assert len(DeviceState(**good | bad).doubts()) == 1
+
+
+_INTERPRETED = "; on the CPU {} needs TRITON_INTERPRET=1"
+
+
+@pytest.mark.parametrize(
+    ("parts", "needs"),
+    [
+        ({}, ""),
+        ({"transport": "symmetric"}, _INTERPRETED.format("transport symmetric")),
+        (
+            {"transport": "symmetric", "experts": "triton"},
+            _INTERPRETED.format("transport symmetric") + _INTERPRETED.format("experts triton"),
+        ),
+        ({"transport": "mori"}, "; on the CPU transport mori needs --emulate"),
+        ({"transport": "mori", "emulate": True}, ""),
+    ],
+)
+def test_advice_of_the_cpu_names_what_parts_for_gpus_need_there(
+    monkeypatch: pytest.MonkeyPatch, parts: dict[str, Any], needs: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = tiny_case(2, device="cuda", **parts)
+    with pytest.raises(Unsupported) as refusal:
+        check_devices([case], 2, available=0)
+    assert str(refusal.value).endswith(f"; use --device cpu or auto{needs}")
+
+
+@pytest.mark.parametrize("word", ["1", "true", "ON", "yes"])
+def test_interpreter_is_known_by_each_of_triton_s_words_and_needed_no_more(
+    monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert interpreted()
+    assert not interpreted({"TRITON_INTERPRET": "0"})
+    with pytest.raises(Unsupported, match=r"use --device cpu or auto$"):
+        check_devices([tiny_case(2, device="cuda", transport="symmetric")], 2, available=0)
