@@ -36,6 +36,8 @@ LEAST_SAMPLES = 10
 """Samples below which the noise of a series is unknown."""
 
 _NANOSECOND_US = 1e-3
+LONGEST_US = 1e15
+"""Longest time that is taken for one, about 30 years: ratios of times, and sums of them, stay finite."""
 _NORMAL = NormalDist()
 _MOST_DIFFERENCES = 1 << 20
 _MOST_POINTS, _LEAST_POINTS = 64, 8
@@ -77,12 +79,12 @@ def readable(samples: Sequence[float]) -> Samples:
     """Samples in microseconds as an array; values below a nanosecond are raised to one.
 
     Raises:
-        ValueError: a sample is negative or not finite.
+        ValueError: a sample is negative, not finite or longer than 30 years, which no run took.
 
     """
     array = np.asarray(samples, dtype=np.float64)
-    if not bool(np.all(np.isfinite(array) & (array >= 0))):
-        message = "a time that is negative or not finite"
+    if not bool(np.all((array >= 0) & (array <= LONGEST_US))):
+        message = "a time that is negative, not finite or longer than 30 years"
         raise ValueError(message)
     return np.maximum(array, _NANOSECOND_US)
 

@@ -21,7 +21,7 @@ from distbench.case.stages import ARMS, STAGES
 from distbench.errors import InvalidCase
 from distbench.report.results import Result
 from distbench.tools.compare.launches import levels_of, spread_of
-from distbench.tools.compare.noise import ALPHA, Samples
+from distbench.tools.compare.noise import ALPHA, LONGEST_US, Samples
 
 REFERENCES = 10
 """Most earlier nights that a night is held against."""
@@ -169,7 +169,7 @@ def _medians(result: Result) -> list[tuple[Key, float]]:
         message = f"case {result.name}: {error}; run it again"
         raise InvalidCase(message) from error
     for (arm, stage), median_us in found:
-        if not 0 <= median_us < math.inf:
+        if not 0 <= median_us <= LONGEST_US:
             message = f"case {result.name}: {arm}/{stage}: a time of {median_us} µs; run it again"
             raise InvalidCase(message)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from math import comb
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from distbench.tools.compare.noise import (
     ALPHA,
     CONFIDENCE,
+    LONGEST_US,
     POWER,
     Change,
     Pair,
@@ -124,10 +126,18 @@ def test_constant_samples_are_judged_neither_slower_nor_faster() -> None:
     assert (change.slower, change.faster) == (False, False)
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_negative_or_non_finite_time_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="negative or not finite"):
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1e308])
+def test_time_that_no_run_took_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="negative, not finite or longer than 30 years"):
         readable([1.0, value])
+
+
+def test_changes_between_the_least_and_the_longest_time_are_finite() -> None:
+    least, longest = readable([0.0] * 20), readable([LONGEST_US] * 20)
+    for before, new in ((least, longest), (longest, least)):
+        change = judge_change([pair(before, new)], ALPHA)
+        assert math.isfinite(change.change)
+        assert all(map(math.isfinite, change.interval or ()))
 
 
 def test_interval_surrounds_the_change_and_narrows_with_more_samples() -> None:
