@@ -38,6 +38,7 @@ from distbench.errors import (
 from distbench.report import schema
 from distbench.report.journal import read_reports
 from distbench.report.results import Results
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -180,7 +181,7 @@ def suite(
         raise InvalidCase(message)
     asked = [one.but(**common).keys for one in cases]
     if expect is not None and len(expect) != len(asked):
-        message = f"expect: {len(expect)} endings for {len(asked)} cases; give one for each"
+        message = f"expect: {counted(len(expect), 'ending')} for {counted(len(asked), 'case')}; give one for each"
         raise InvalidCase(message)
     launches: dict[str, dict[int, dict[str, Any]]] = {}
     endings: dict[str, list[str]] = {}
@@ -332,9 +333,8 @@ def _reports(out: Path, told: str) -> list[Report]:
     summary = Results(out).summary
     if summary is not None and summary.finished < summary.cases:
         why = summary.stopped or "the command ended early"
-        message = (
-            f"{summary.finished} of {summary.cases} cases have a result: {why}; the same call, with `out`, resumes"
-        )
+        ended = f"{summary.finished} of {counted(summary.cases, 'case')} with a result"
+        message = f"{ended}: {why}; the same call, with `out`, resumes"
         raise LaunchFailed(message)
     return found
 

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from distbench.errors import InvalidCase, Overflow
-from distbench.utils.text import shown
+from distbench.utils.text import counted, shown
 
 DERIVED_LIMITS = ("max-recv", "sum", "sum32", "pow2", "capacity")
 ALLOWED_LIMITS = (
@@ -99,7 +99,7 @@ def resolve_limit(limit: str, traffic: Traffic) -> int | None:
     )
     if rows < 1:
         message = (
-            f"limit = {limit}: comes out as {rows} rows (the fullest rank receives {traffic.max_recv}), "
+            f"limit = {limit}: comes out as {counted(rows, 'row')} (the fullest rank receives {traffic.max_recv}), "
             "which production reads as off; use off or give a rank more tokens"
         )
         raise InvalidCase(message)
@@ -171,7 +171,7 @@ def _refuse_above(counts: Sequence[int], bound: int, verb: str, name: str, way_o
     if over:
         shown = ", ".join(f"rank {rank} {verb} {counts[rank]}" for rank in over[:_SHOWN_RANKS])
         more = f" and {len(over) - _SHOWN_RANKS} ranks more" if len(over) > _SHOWN_RANKS else ""
-        message = f"{name} = {bound} rows: {shown}{more}; raise it or {way_out}"
+        message = f"{name} = {counted(bound, 'row')}: {shown}{more}; raise it or {way_out}"
         raise Overflow(message)
 
 

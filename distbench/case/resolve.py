@@ -28,7 +28,7 @@ from distbench.case.tokens import split_tokens, spread_tokens
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import architecture
-from distbench.utils.text import closest, one_line, shown
+from distbench.utils.text import closest, counted, one_line, shown
 
 FLAGS = "flag"
 _DEFAULT = "default"
@@ -269,7 +269,7 @@ def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int |
         sources.setdefault("ep_size", "launcher")
     else:
         message = (
-            f"ep_size = {values['ep_size']} ({sources['ep_size']}): {ep_size} ranks were started; "
+            f"ep_size = {values['ep_size']} ({sources['ep_size']}): the launch has {counted(ep_size, 'rank')}; "
             "start as many ranks or drop the key"
         )
         raise InvalidCase(message)
@@ -343,9 +343,8 @@ def check_fit(case: Case) -> None:
     parse_stage_timeouts(case.stage_timeouts)
     parse_inject(case.inject)
     if len(case.tokens) != case.ep_size:
-        message = (
-            f"tokens: {len(case.tokens)} numbers for {case.ep_size} ranks; give one number or {case.ep_size} of them"
-        )
+        found = f"{counted(len(case.tokens), 'number')} for {counted(case.ep_size, 'rank')}"
+        message = f"tokens: {found}; give one number, or one for each rank"
         raise InvalidCase(message)
     check_placement(case.num_experts, case.ep_size, case.physical_experts, case.placement)
     if case.topk > case.num_experts:

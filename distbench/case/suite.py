@@ -18,7 +18,7 @@ from distbench.case.spec import FIELD_DEFAULTS, Case
 from distbench.case.suite_file import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
 from distbench.case.tokens import spread_tokens
 from distbench.errors import InvalidCase, Verdict
-from distbench.utils.text import one_line
+from distbench.utils.text import counted, one_line
 
 _MAX_VALUE = 40
 
@@ -169,7 +169,9 @@ def _resolve(layers: Sequence[Layer], ep_size: int) -> Resolved:
         return resolve_case(layers, ep_size, fit=False)
     asked = typed_value("ep_size", layer.values["ep_size"], layer)
     if asked > ep_size:
-        message = f"ep_size = {asked} ({layer.source}): {ep_size} ranks were started; allowed is up to that many"
+        message = (
+            f"ep_size = {asked} ({layer.source}): the launch has {counted(ep_size, 'rank')}; allowed is up to that"
+        )
         raise InvalidCase(message)
     return resolve_case(layers, None, fit=False)
 

@@ -9,6 +9,7 @@ from distbench.case.entry import Entry
 from distbench.case.resolve import FLAGS
 from distbench.case.spec import FIELD_DEFAULTS, Case
 from distbench.case.suite import value_text
+from distbench.utils.text import counted
 
 _MORI_KEYS = ("combine_quant", "combine_input", "launch_mode", "mori_geometry", "mori_habits")
 # SGLang's receive bound depends on the kernel that production would choose, whatever transport runs here.
@@ -47,7 +48,7 @@ def note_of_keys(entries: Sequence[Entry]) -> str:
         return ""
     (line, count), *_ = lines.most_common(1)
     others = f"; reports have {len(lines) - 1} other lists" if len(lines) > 1 else ""
-    return f"{count} of {len(entries)} cases: {line}{others}"
+    return f"{count} of {counted(len(entries), 'case')}: {line}{others}"
 
 
 def _reason(key: str, case: Case) -> str:

@@ -20,6 +20,7 @@ from distbench.cli.options import (
 )
 from distbench.cli.torchrun_rank import alone
 from distbench.errors import DistbenchError, InvalidCase, is_disk_full
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     from distbench.case.resolve import Layer
@@ -223,7 +224,7 @@ def _check(case: Case, options: argparse.Namespace) -> None:
         )
         raise InvalidCase(message)
     if options.nodes and case.ep_size % options.nodes:
-        message = f"--nodes {options.nodes}: {case.ep_size} ranks are not the same number on each; give a divisor"
+        message = f"--nodes {options.nodes}: does not divide {counted(case.ep_size, 'rank')}; give a divisor of them"
         raise InvalidCase(message)
 
 
@@ -239,7 +240,9 @@ def _recording(options: argparse.Namespace, question: Question, limits: Limits) 
     recording = read_recording(trace, case.topk, question.placement, own=case.shared_experts > 0)
     most, fits = int(recording.steps.mosts.max()), max(limits.most)
     if most > fits:
-        message = f"routing = {trace}: a rank has {most} tokens in a step, above {limits.name} = {fits}; raise it"
+        message = (
+            f"routing = {trace}: a rank has {counted(most, 'token')} in a step, above {limits.name} = {fits}; raise it"
+        )
         raise InvalidCase(message)
     return recording
 
@@ -267,7 +270,11 @@ def _notes(question: Question) -> list[str]:
         bound = recv_bound(case, case.ep_size // question.nodes if question.nodes else None)
     except (InvalidCase, Unsupported) as error:
         return [f"SGLang's own receive bound: {error}"]
-    told = f"cuts at {bound.rows} rows for full batches" if bound.rows is not None else f"cuts nothing: {bound.reason}"
+    told = (
+        f"cuts at {counted(bound.rows, 'row')} for full batches"
+        if bound.rows is not None
+        else f"cuts nothing: {bound.reason}"
+    )
     return [f"SGLANG_MORI_RECV_BOUND, with no limit set, {told}"]
 
 

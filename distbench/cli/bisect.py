@@ -12,6 +12,7 @@ from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.options import add_case_options, add_folder, add_ranks, add_voice, known_report, one_case
 from distbench.cli.torchrun_rank import alone
 from distbench.report.terminal import print_step, print_table, print_verdict
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     from distbench.tools.bisect import Accusation, SwapResult
@@ -58,7 +59,7 @@ def _tell(lab: Lab) -> Callable[[str], None]:
 
     def tell(what: str) -> None:
         lab.work = f"bisect: {what}"
-        print_step(f"{lab.work} ({lab.cases} cases, {lab.launches} launches)")
+        print_step(f"{lab.work} ({counted(lab.cases, 'case')}, {counted(lab.launches, 'launch')})")
 
     return tell
 
@@ -67,7 +68,9 @@ def _print(accusation: Accusation, *, table: bool) -> None:
     rows = [_row(result) for result in (accusation.base, *accusation.results)]
     if table:
         print_table(rows, ("replaced", "by", "failing", "ends in", "cured"))
-    print_verdict(f"{accusation.verdict} ({accusation.launches} launches)", 0 if accusation.blame.guilty else 1)
+    print_verdict(
+        f"{accusation.verdict} ({counted(accusation.launches, 'launch')})", 0 if accusation.blame.guilty else 1
+    )
 
 
 def _row(result: SwapResult) -> tuple[str, ...]:

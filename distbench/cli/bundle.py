@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from distbench.cli.argument_types import whole
 from distbench.errors import InvalidCase
 from distbench.report.terminal import print_line, print_note
-from distbench.utils.text import closest, one_line, printable
+from distbench.utils.text import closest, counted, one_line, printable
 
 if TYPE_CHECKING:
     from distbench.report.bundle.read import Bundle
@@ -104,11 +104,11 @@ def _reported(results: Results, word: str) -> Report:
     every = list(results)
     if word:
         several = [result for result in every if _is_named(result, word)]
-        what = f"{len(several)} cases are {printable(word)!r:.80}"
+        what = f"{counted(len(several), 'case')} are {printable(word)!r:.80}"
         hint = "" if several else closest(word, (result.name for result in every))
     else:
         several = every if len(every) == 1 else [result for result in every if not result.as_expected]
-        what, hint = f"{len(several)} of {len(every)} cases did not end as expected", ""
+        what, hint = f"{len(several)} of {counted(len(every), 'case')} did not end as expected", ""
     if len(several) != 1:
         listed = ", ".join(f"{printable(one.name):.80} ({one.hash[:_DIGITS]})" for one in several[:_SHOWN])
         more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""

@@ -11,6 +11,7 @@ from distbench.case.spec import FIELD_HINTS
 from distbench.cli.options import add_case_options, add_launch, add_voice, case_flags
 from distbench.cli.torchrun_rank import alone
 from distbench.report.terminal import print_table, print_text, print_verdict
+from distbench.utils.text import counted
 
 _RANKS = 8
 _KEYS = (
@@ -48,11 +49,13 @@ def _conform(options: argparse.Namespace) -> int:
     run_corpus(entries, options, lambda: replace_results(out, SUITE, RULES.__contains__), [])
     reports = with_merged(read_reports(out), suite.merged)
     case, held, code = entries[0].case, judge(reports), exit_code(reports)
-    print_text(f"{case.transport} + {case.experts}{parts_label(case.plugins, case.stand_ins)}, {ranks} ranks")
+    print_text(
+        f"{case.transport} + {case.experts}{parts_label(case.plugins, case.stand_ins)}, {counted(ranks, 'rank')}"
+    )
     if not options.quiet:
         print_table([tuple(one) for one in held], ("rule", "held", "what is held, or the first evidence"))
-    counted = ", ".join(
+    answers = ", ".join(
         f"{sum(one.held == word for one in held)} {word}" for word in dict.fromkeys(one.held for one in held)
     )
-    print_verdict(f"{len(held)} rules: {counted}; exit {code}, results in {out}/results.jsonl", code)
+    print_verdict(f"{counted(len(held), 'rule')}: {answers}; exit {code}, results in {out}/results.jsonl", code)
     return code

@@ -42,6 +42,7 @@ from distbench.report.results import Results
 from distbench.report.terminal import print_note
 from distbench.tools.lab import Lab
 from distbench.utils.devices import count_devices
+from distbench.utils.text import counted
 
 _ONE_FAULT = Rules(max_faults=1)
 
@@ -81,7 +82,9 @@ def prepare_ranks(layout: NodeLayout | None = None) -> None:
         choose_loopback()
     else:
         chosen = choose_interfaces(layout.host, layout.port)
-        print_note(f"node {layout.node} of {layout.nodes} on {socket.gethostname()}, {layout.nproc} ranks, {chosen}")
+        print_note(
+            f"node {layout.node} of {layout.nodes} on {socket.gethostname()}, {counted(layout.nproc, 'rank')}, {chosen}"
+        )
     os.environ.pop(SECRET, None)  # no rank needs it
     preload_ranks()
 

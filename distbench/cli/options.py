@@ -19,6 +19,7 @@ from distbench.errors import InvalidCase
 from distbench.report import export
 from distbench.report.export import FILES
 from distbench.report.terminal import print_json
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     from distbench.case.resolve import Layer
@@ -220,7 +221,9 @@ def num_ranks(options: argparse.Namespace) -> int | None:
     """Number of ranks that torchrun started, or that --nproc requests, or None."""
     started = world_size()
     if started is not None and options.nproc not in (None, started):
-        message = f"--nproc {options.nproc}: torchrun started {started} ranks; leave --nproc out under torchrun"
+        message = (
+            f"--nproc {options.nproc}: torchrun started {counted(started, 'rank')}; leave --nproc out under torchrun"
+        )
         raise InvalidCase(message)
     layout = layout_of(options)
     if layout is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distbench.cli.options import add_report, report_writers
 from distbench.report.terminal import print_line, print_note
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     from distbench.report.results import Results
@@ -42,8 +43,8 @@ def _counted(options: argparse.Namespace) -> Results:
     if options.all or summary is None or not summary.selected:
         return results
     print_note(
-        f"{options.results}: of the results, the {len(summary.selected)} cases are counted that the last command there "
-        "selected; --all counts the others too"
+        f"{options.results}: counts the {counted(len(summary.selected), 'case')} that the last command there selected; "
+        "--all counts the others too"
     )
     return Results(options.results, frozenset(summary.selected).__contains__)
 

@@ -15,6 +15,7 @@ from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.options import add_case_options, add_folder, add_ranks, add_voice, known_report, one_case
 from distbench.cli.torchrun_rank import alone
 from distbench.report.terminal import print_step, print_table, print_text
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     from distbench.tools.lab import Lab
@@ -70,10 +71,11 @@ def _tell(lab: Lab) -> Callable[[Step], None]:
 
     def tell(step: Step) -> None:
         case = step.case
-        size = f"{case.ep_size} ranks, {sum(case.tokens)} tokens"
-        text = f"{size}, top-{case.topk}, {case.num_experts} experts, H{case.hidden_size} I{case.intermediate_size}"
+        size = f"{counted(case.ep_size, 'rank')}, {counted(sum(case.tokens), 'token')}"
+        layer = f"{counted(case.num_experts, 'expert')}, H{case.hidden_size} I{case.intermediate_size}"
+        text = f"{size}, top-{case.topk}, {layer}"
         lab.work = f"shrink: below {size}"
-        print_step(f"shrink: {step.what}: {text} ({step.cases} cases, {step.launches} launches)")
+        print_step(f"shrink: {step.what}: {text} ({counted(step.cases, 'case')}, {counted(step.launches, 'launch')})")
 
     return tell
 

@@ -28,6 +28,7 @@ from distbench.cli.torchrun_rank import is_rank_0, world_size
 from distbench.report.export import Writer
 from distbench.report.progress import Progress
 from distbench.report.terminal import print_note, print_step
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     from distbench.case.suite import Suite
@@ -100,7 +101,9 @@ def _suite(options: argparse.Namespace) -> int:
         print_note(_merged(suite))
     chosen = select(suite.entries, options.select)
     if told:
-        print_step(f"suite {suite.name}: {len(chosen)} cases on {ranks} ranks, results in {options.out}")
+        print_step(
+            f"suite {suite.name}: {counted(len(chosen), 'case')} on {counted(ranks, 'rank')}, results in {options.out}"
+        )
     from distbench.cli.launching import examined
     from distbench.launcher.preflight import check_folder, check_path
     from distbench.launcher.resources import report_bytes
@@ -120,7 +123,7 @@ def _merged(suite: Suite) -> str:
     total = len(suite.entries) + len(suite.merged)
     shown = ", ".join(f"{name} equals {first}" for name, first in suite.merged[:_SHOWN_DOUBLES])
     more = f" and {len(suite.merged) - _SHOWN_DOUBLES} more" if len(suite.merged) > _SHOWN_DOUBLES else ""
-    return f"{suite.origin}: {len(suite.merged)} of {total} cases equal others and run once: {shown}{more}"
+    return f"{suite.origin}: {len(suite.merged)} of {counted(total, 'case')} equal others and run once: {shown}{more}"
 
 
 def _launch(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:

@@ -28,6 +28,7 @@ from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_siz
 from distbench.errors import InvalidCase, exit_meaning
 from distbench.report.progress import Progress
 from distbench.report.terminal import print_step, print_verdict
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     from distbench.experts.selection.releases import BucketRules
@@ -120,7 +121,7 @@ def proof_notes(rows: list[SweepRow]) -> list[str]:
     proofs = {row.proof.bound: row.proof.formula for row in rows if row.proof is not None}
     if not proofs:
         return notes
-    known = [f", at most {bound} rows a rank ({formula})" for bound, formula in proofs.items()]
+    known = [f", at most {counted(bound, 'row')} a rank ({formula})" for bound, formula in proofs.items()]
     bound = known[0] if len(known) == 1 else ""
     notes.append(
         f"proven: loses no row under any routing of these token counts{bound}; this batch: loses none under this "
@@ -140,7 +141,7 @@ def sweep_entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     given = [*case_flags(options), *files, timed]
     layers = [*given, *read_environment(os.environ, given)]
     if world_size() is None or is_rank_0():
-        print_step(f"sweep: {len(sizes) or 1} sizes, results in {options.out}")
+        print_step(f"sweep: {counted(len(sizes) or 1, 'size')}, results in {options.out}")
     from distbench.cli.launching import warnings
 
     entries: dict[str, Entry] = {}
@@ -149,7 +150,9 @@ def sweep_entries(options: argparse.Namespace) -> tuple[Entry, ...]:
         resolved = resolve_case([Layer("sweep", own), *layers], num_ranks(options))
         most = resolved.case.max_dispatch_tokens_per_rank
         if size is not None and size > most:
-            message = f"size {size}: a sender may hold {most} tokens; give --max-dispatch-tokens-per-rank {size}"
+            message = (
+                f"size {size}: a sender may hold {counted(most, 'token')}; give --max-dispatch-tokens-per-rank {size}"
+            )
             raise InvalidCase(message)
         asked = options.limits or (_AUTO if size is None else resolved.case.limit)
         base = resolve_case([Layer("sweep", own | {"limit": "off"}), *layers], num_ranks(options)).case

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.errors import InvalidCase, is_disk_full
+from distbench.utils.text import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,12 +183,12 @@ def _show_slices(path: str, header: Header, slice_of: Callable[[tuple[int, int]]
         step, layer = min(header.recorded)
         weights += (
             f", {len(header.recorded)} with the {header.hidden} hidden states of users' tokens, "
-            f"{header.hidden_size} columns (@{step}.{layer} is the first)"
+            f"{counted(header.hidden_size, 'column')} (@{step}.{layer} is the first)"
         )
-    print_text(
-        f"{path}: {header.num_experts} experts, top-{header.topk}, {header.ep_size} ranks; {len(header.steps)} steps, "
-        f"{len(layers)} layers ({layers[0]} to {layers[-1]}){weights}; from {header.source or 'no file named'}"
-    )
+    shape = f"{counted(header.num_experts, 'expert')}, top-{header.topk}, {counted(header.ep_size, 'rank')}"
+    span = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+    extent = f"{counted(len(header.steps), 'step')}, {counted(len(layers), 'layer')} ({span})"
+    print_text(f"{path}: {shape}; {extent}{weights}; from {header.source or 'no file named'}")
     rows = []
     for step in list(header.steps)[:_SHOWN_STEPS]:
         slices = [(layer, slice_of((step, layer))) for layer in header.steps[step]]

@@ -11,6 +11,7 @@ from distbench.case.spec import Case
 from distbench.errors import Unsupported
 from distbench.pipeline.recv_bound import limit_rows
 from distbench.utils.devices import free_device_bytes
+from distbench.utils.text import counted
 
 # Memory that ranks share with the fork server, and memory of each rank besides tensors.
 _SHARED_BYTES, _RANK_BYTES = 160 << 20, 40 << 20
@@ -38,7 +39,7 @@ def check_memory(entries: Iterable[Entry], available: int | None = None) -> None
     free = available_bytes() if available is None else available
     if needed > free:
         message = (
-            f"memory: case {largest.name} needs about {needed} bytes for {largest.case.ep_size} ranks "
+            f"memory: case {largest.name} needs about {needed} bytes for {counted(largest.case.ep_size, 'rank')} "
             f"({needed / 2**30:.1f} GiB), {free} are available; lower max_dispatch_tokens_per_rank, or use fewer "
             "ranks or a smaller model"
         )

@@ -14,6 +14,7 @@ from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.run_case import Brought
 from distbench.transport.base import Dispatched, TransportContext, WholeTransport, poison_
 from distbench.transport.sources import match_sources
+from distbench.utils.text import counted
 from distbench.workload.batch import TokenBatch
 
 
@@ -78,7 +79,7 @@ class FunctionTransport(WholeTransport):
         total = int(found.total_recv)
         if not 0 <= total <= self._rows <= self.capacity:
             message = (
-                f"dispatch breaks dispatch.shape: {total} rows received in a buffer of {self._rows}; "
+                f"dispatch breaks dispatch.shape: {counted(total, 'row')} received in a buffer of {self._rows}; "
                 f"the case's capacity is {self.capacity}"
             )
             raise BrokenContract(message)

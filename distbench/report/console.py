@@ -16,7 +16,7 @@ from distbench.report.journal import Summary
 from distbench.report.rank_table import rank_parts
 from distbench.report.schema import InjectedReport, RateReport, Report, parts_label
 from distbench.report.terminal import Grid, folded, print_parts, print_step, print_text, print_verdict
-from distbench.utils.text import numbers
+from distbench.utils.text import counted, numbers
 from distbench.utils.voice import Voice, voice
 from distbench.verify.records import NOT_PROVEN, ORACLE
 
@@ -36,7 +36,7 @@ def print_report(report: Report) -> None:
 
 def print_start(case: Case) -> None:
     """Announce on standard error a case that is about to run."""
-    print_step(f"starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens")
+    print_step(f"starting {counted(case.ep_size, 'rank')}, {case.model}, {counted(sum(case.tokens), 'token')}")
 
 
 def case_line(report: Report) -> str:
@@ -60,7 +60,9 @@ def print_summary(summary: Summary, out: str) -> None:
             f"limits by case: {limits} (proven: for any routing of these token counts; this batch: for its own only)"
         )
     stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
-    print_text(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
+    print_text(
+        f"{summary.finished} of {counted(summary.cases, 'case')} ({counts}), {summary.as_expected} as expected{stopped}"
+    )
     ending = f"exit {summary.exit_code}, {exit_meaning(summary.exit_code)}"
     print_verdict(f"{ending}: results in {out}/results.jsonl and {out}/summary.json", summary.exit_code)
 
@@ -91,7 +93,7 @@ def _equality(report: Report) -> str:
     compared = {arm for comparison in report.comparison for arm in comparison.arms}
     arms = [arm for arm in (*reversed(Arm), ORACLE) if arm in compared]
     tokens = report.comparison[0].tokens
-    return f"{' == '.join(arms)}, bit for bit, {tokens} tokens on {len(report.ranks)} ranks"
+    return f"{' == '.join(arms)}, bit for bit, {counted(tokens, 'token')} on {counted(len(report.ranks), 'rank')}"
 
 
 def _held(report: Report) -> str:
@@ -148,7 +150,7 @@ def _injected_line(one: InjectedReport) -> str:
 
 def _rate_line(rate: RateReport) -> str:
     return (
-        f"wrong tokens: {rate.wrong_tokens} of {rate.tokens} in {rate.repeats} repeats, "
+        f"wrong tokens: {rate.wrong_tokens} of {rate.tokens} in {counted(rate.repeats, 'repeat')}, "
         f"{_figure(rate.per_million)} per million, 95 % CI {_figure(rate.low_per_million)} to "
         f"{_figure(rate.high_per_million)}"
     )
@@ -229,10 +231,11 @@ def _timing_table(report: Report) -> Grid:
         )
         for arm, stage, figures in timed
     ]
-    iterations = numbers({figures["iterations"] for _, _, figures in timed})
+    found = {figures["iterations"] for _, _, figures in timed}
+    iterations = "1 iteration" if found == {1} else f"{numbers(found)} iterations"
     graph = ", experts in a CUDA graph" if method["graph"] is True else ""
     how = f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}"
-    return Grid(columns, rows, f"µs of the slowest rank in {iterations} iterations; {how}")
+    return Grid(columns, rows, f"µs of the slowest rank in {iterations}; {how}")
 
 
 def _bandwidth_cells(report: Report, stage: str, median_us: float) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from distbench.errors import OUT_OF_TIME, DistbenchError, InvalidCase, ResultsLo
 from distbench.report.files import atomic_file, naming, sync_folder, write_report
 from distbench.report.findings import FindingReport, codes_behind
 from distbench.report.schema import SCHEMA, RateReport, Report, ReportView
-from distbench.utils.text import one_line
+from distbench.utils.text import counted, one_line
 from distbench.verify.records import Reason
 
 RESULTS = "results.jsonl"
@@ -127,7 +127,9 @@ class JournalReader:
         with file:
             size = os.fstat(file.fileno()).st_size
             if size < self._offset:
-                message = f"{self._path}: cut to {size} bytes after {self._number} results had been read from it"
+                message = (
+                    f"{self._path}: cut to {size} bytes after {counted(self._number, 'result')} had been read from it"
+                )
                 raise ResultsLost(message)
             file.seek(self._offset)
             for raw in file:
@@ -139,7 +141,9 @@ class JournalReader:
 
     def _unreadable(self, error: OSError) -> DistbenchError:
         if self._offset:
-            return ResultsLost(f"{self._path}: {error.strerror}, after {self._number} results had been read from it")
+            return ResultsLost(
+                f"{self._path}: {error.strerror}, after {counted(self._number, 'result')} had been read from it"
+            )
         return InvalidCase(f"{self._path}: cannot be read ({error.strerror}); name another folder with --out")
 
 
@@ -259,7 +263,7 @@ def _strangers(lines: Iterable[Line], suite: str, mine: Callable[[str], bool]) -
 def _refuse(out: Path, others: Sequence[Line], fix: str) -> None:
     if others:
         whose = f"{others[0].suite}, {others[0].name}" if others[0].suite else others[0].name
-        message = f"folder {out}: holds {len(others)} results of something else ({whose:.80}), {fix}"
+        message = f"folder {out}: holds {counted(len(others), 'result')} of something else ({whose:.80}), {fix}"
         raise InvalidCase(message)
 
 

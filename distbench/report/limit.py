@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from distbench.case.limits import LimitProof
+from distbench.utils.text import counted
 from distbench.verify.records import ResolvedCase
 
 
@@ -38,7 +39,8 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
         proof = f"{self.status}: the fullest rank receives {self.max_recv}"
         if self.proof is not None:
             proof = self.proof.words(self.max_recv)
-        return f"limit {self.requested} → {self.effective} rows (from {self.source}, policy {self.policy}), {proof}"
+        rows = counted(self.effective, "row")
+        return f"limit {self.requested} → {rows} (from {self.source}, policy {self.policy}), {proof}"
 
 
 def limit_report(resolved: ResolvedCase, sources: dict[str, str]) -> LimitReport:

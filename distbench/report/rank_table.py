@@ -8,7 +8,7 @@ from typing import Any
 from distbench.case.stages import Arm
 from distbench.report.schema import RankReport
 from distbench.report.terminal import Grid
-from distbench.utils.text import numbers
+from distbench.utils.text import counted, numbers
 
 _MOST_ROWS = 16
 _KEPT = ("tokens", "total_recv", "lost rows")
@@ -53,8 +53,8 @@ def _rest_line(ranks: Sequence[RankReport]) -> str:
     tokens = [rank.tokens for rank in ranks]
     lost = sum(rank.lost_rows for rank in ranks)
     return (
-        f"{len(ranks)} more ranks: {min(tokens)} to {max(tokens)} tokens, total_recv {min(received)} to "
-        f"{max(received)}, {lost} lost rows; distbench show -v shows all"
+        f"{counted(len(ranks), 'more rank')}: {min(tokens)} to {counted(max(tokens), 'token')}, total_recv "
+        f"{min(received)} to {max(received)}, {counted(lost, 'lost row')}; distbench show -v shows all"
     )
 
 

@@ -9,6 +9,7 @@ import msgspec
 from distbench.case.spec import UNSTORED_KEYS
 from distbench.report.schema import Report
 from distbench.tools.lab import signature
+from distbench.utils.text import counted
 from distbench.verify.records import Reason
 
 # "model" is a label of the dimensions, which are compared themselves.
@@ -97,7 +98,9 @@ def _ranks(recorded: Report, here: Report, *, bits: bool) -> Iterator[Difference
         yield from _differ(f"kernel of {arm}", then, now)
         other = [str(then.rank) for then, now in pairs if then.digests[arm] != now.digests.get(arm)]
         if other and bits:
-            yield Difference(f"bits of {arm}", f"{len(pairs)} ranks", f"other on rank {', '.join(other[:16])}")
+            yield Difference(
+                f"bits of {arm}", f"{counted(len(pairs), 'rank')}", f"other on rank {', '.join(other[:16])}"
+            )
 
 
 def _differ(what: str, recorded: str, here: str) -> Iterator[Difference]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distbench.case.stages import ARMS, LAYER_STAGES, SUB_BATCHES, Arm, Stage
+from distbench.utils.text import counted
 from distbench.verify.dispatch_blame import Root, dispatch_roots
 from distbench.verify.excuses import Part, any_outside, is_noise
 from distbench.verify.records import (
@@ -237,7 +238,7 @@ def _lost_by_the_cut(resolved: ResolvedCase, gathered: Gathered) -> Diagnosis | 
     return Diagnosis(
         cause="lost by the cut",
         confidence="certain" if exactly else "likely",
-        evidence=f"{rows} rows lie at or past the limit of {resolved.limit}; "
+        evidence=f"{counted(rows, 'row')} at or past the limit of {resolved.limit}; "
         + ("the damaged tokens are exactly theirs" if exactly else f"{len(lost)} of their tokens are listed"),
         stage=Stage.TRUNCATE,
         ranks=resolved.short_ranks,
@@ -250,7 +251,7 @@ def _poison_read(gathered: Gathered) -> Diagnosis | None:
     poisoned = {arm: count for arm, count in arms.items() if count}
     if not poisoned:
         return None
-    counts = ", ".join(f"{count} tokens of {gathered.arm_name(arm)}" for arm, count in poisoned.items())
+    counts = ", ".join(f"{counted(count, 'token')} of {gathered.arm_name(arm)}" for arm, count in poisoned.items())
     return Diagnosis(
         cause="poison read from undefined rows", confidence="certain", evidence=f"NaN in {counts}; no input holds one"
     )

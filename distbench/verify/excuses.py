@@ -14,6 +14,7 @@ import msgspec
 from distbench.case.spec import Case
 from distbench.case.stages import CUT_ARMS, LAYER_STAGES, Arm, Stage
 from distbench.experts.selection.choice import KernelChoice
+from distbench.utils.text import counted
 from distbench.verify.records import Divergence, Gathered, Observation, Reason, ResolvedCase
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 
@@ -209,14 +210,14 @@ def again(part: Part) -> list[Again]:
             if not timed.last.equal and not (part.resolved.lossy and arm != Arm.PADDED):
                 message = (
                     f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
-                    f"{timed.last.differing_tokens} tokens"
+                    f"{counted(timed.last.differing_tokens, 'token')}"
                 )
                 near = part.measured or is_close(timed.drift, tolerance(part.resolved.case))
                 near = near if timed.error is None else timed.error.within
                 found.append(_once(part, record, arm, Reason(code="timed-differs", message=message), near=near))
         rows = sum(replay.near for replay in record.replays)
         if rows:
-            message = f"rank {record.rank}: replays of the graph differ from eager experts in {rows} rows"
+            message = f"rank {record.rank}: replays of the graph differ from eager experts in {counted(rows, 'row')}"
             arm = [*record.kernels][-1]
             found.append(_once(part, record, arm, Reason(code="replay-differs", message=message), near=True))
     return found

@@ -12,6 +12,7 @@ from distbench.case.spec import Case
 from distbench.case.stages import SUB_BATCHES, Arm, Stage
 from distbench.errors import Verdict
 from distbench.utils.devices import DeviceState
+from distbench.utils.text import counted
 
 ORACLE = "oracle"
 LISTED_TOKENS = 64
@@ -122,12 +123,12 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
             arm = f"{arm}, sub-batch {self.sub_batch}"
         source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
         if self.stage == Stage.TRUNCATE and self.field == "rows":
-            return f"rank {self.rank}, {arm}: {self.rows} received rows did not reach the experts{source}"
+            return f"rank {self.rank}, {arm}: {counted(self.rows, 'received row')} did not reach the experts{source}"
         if self.field in COUNTS:
-            distance = f"{self.field} differs by {self.rows} rows from {self.against}"
+            distance = f"{self.field} differs by {counted(self.rows, 'row')} from {self.against}"
             return f"rank {self.rank}, {arm}, {self.stage}: {distance}"
         bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
-        what = f"{self.field} differ from {self.against} in {self.rows} rows"
+        what = f"{self.field} differ from {self.against} in {counted(self.rows, 'row')}"
         blame = (
             f"; {self.evidence.pattern}: rank {' or '.join(map(str, self.evidence.suspects))}"
             if self.evidence.suspects

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from distbench.case.stages import Arm
 from distbench.errors import Verdict
+from distbench.utils.text import counted
 from distbench.verify.excuses import (
     OTHERS,
     Part,
@@ -66,14 +67,14 @@ def under_limit(part: Part) -> list[Reason]:
         Reason(
             code="limit-below-total-recv",
             rank=rank,
-            message=f"rank {rank} receives {recv[rank]} rows{where}, the limit keeps {resolved.limit}: "
+            message=f"rank {rank} receives {counted(recv[rank], 'row')}{where}, the limit keeps {resolved.limit}: "
             f"{recv[rank] - (resolved.limit or 0)} lost, {consequence}; {advice}",
         )
         for rank in resolved.short_ranks
     ]
     if not resolved.refused:
         damaged = part.gathered.comparisons["padded/truncated"]
-        message = f"truncated differs from padded in {damaged.differing_tokens} tokens"
+        message = f"truncated differs from padded in {counted(damaged.differing_tokens, 'token')}"
         reasons.append(Reason(code="damage", message=message))
     return reasons
 
@@ -106,8 +107,8 @@ def _replayed(part: Part) -> list[Reason]:
         skipped = f", {first.skipped} not made for lack of room" if first.skipped else ""
         host, device = max(one.host_us for one in graphs), max(one.device_us for one in graphs)
         message = (
-            f"{first.arm}: its layer in one graph gave the right tokens in {replays} replays{skipped}; one takes "
-            f"{host:.1f} µs of the host and {device:.1f} µs of the device"
+            f"{first.arm}: its layer in one graph gave the right tokens in {counted(replays, 'replay')}{skipped}; one "
+            f"takes {host:.1f} µs of the host and {device:.1f} µs of the device"
         )
         found.append(Reason(code="layer-graph", message=message))
     return found
@@ -118,12 +119,12 @@ def limit_notes(resolved: ResolvedCase) -> list[Reason]:
     found = []
     if resolved.short_ranks:
         ranks = ", ".join(str(rank) for rank in resolved.short_ranks)
-        message = f"policy guard raised the limit of {resolved.limit} rows on rank {ranks}"
+        message = f"policy guard raised the limit of {resolved.limit} on rank {ranks}"
         found.append(Reason(code="guarded", message=message))
     if resolved.proof.status == "this batch" and resolved.case.policy != "guard":
         message = (
-            f"not proven for other routings: the limit keeps {resolved.limit} rows, a rank receives up to "
-            f"{resolved.proof.bound} under another routing of these token counts ({resolved.proof.formula})"
+            f"not proven for other routings: the limit keeps {resolved.limit}, a rank receives up to "
+            f"{resolved.proof.bound} rows under another routing of these token counts ({resolved.proof.formula})"
         )
         found.append(Reason(code=NOT_PROVEN, message=message))
     return found
@@ -158,9 +159,8 @@ def _nan(part: Part, arm: str) -> Iterable[Reason]:
     for record in part.records:
         tokens = part.nan_tokens(record, arm)
         if tokens:
-            message = (
-                f"rank {record.rank}: {tokens} tokens of {part.gathered.arm_name(arm)} hold a NaN; no input holds one"
-            )
+            found = f"NaN in {counted(tokens, 'token')} of {part.gathered.arm_name(arm)}"
+            message = f"rank {record.rank}: {found}; no input holds one"
             yield Reason(code="nan", rank=record.rank, message=message)
 
 
@@ -174,9 +174,9 @@ def _outside(part: Part, arm: str) -> Iterable[Reason]:
 
 def error_text(error: ArmError, arm: str) -> str:
     """Name the figures outside their bounds; `arm` is the arm's name in messages."""
-    start = f"{arm} at {error.stage}, {error.rows} rows against ideal roundings ({error.family}): "
+    start = f"{arm} at {error.stage}, {counted(error.rows, 'row')} against ideal roundings ({error.family}): "
     if error.nan_rows:
-        return f"{start}{error.nan_rows} rows hold a NaN or an infinity"
+        return f"{start}{counted(error.nan_rows, 'row')} hold a NaN or an infinity"
     low, high = (error.allowed.get(key, 0.0) for key in ("ratio_low", "ratio_high"))
     bias, worst = (error.allowed.get(key, 0.0) for key in ("bias", "worst"))
     return (
@@ -223,8 +223,8 @@ def _unrepeated(part: Part) -> list[Reason]:
     reasons = [
         Reason(
             code=f"{arm}-differs",
-            message=f"{part.gathered.arm_name(arm)} differs from padded in {part.rows(arm)} expert rows and in "
-            f"{_extent(part.gathered, f'padded/{arm}')}: the same kernel ({label}) gave other bits, so bits "
+            message=f"{part.gathered.arm_name(arm)} differs from padded in {counted(part.rows(arm), 'expert row')} and "
+            f"in {_extent(part.gathered, f'padded/{arm}')}: the same kernel ({label}) gave other bits, so bits "
             "cannot be asked of it",
         )
         for arm in OTHERS
@@ -246,7 +246,7 @@ def _of_another_kernel(part: Part, arm: Arm) -> Reason:
     whose = "" if arm == Arm.TRUNCATED else f"{part.gathered.arm_name(arm)}: "
     message = (
         f"{whose}no row lost, another kernel ({kernels['padded']['label']} → {kernels[arm]['label']}), other bits in "
-        f"{part.rows(arm)} expert rows and in {_extent(part.gathered, f'padded/{arm}')}, {bounds_met(part)}"
+        f"{counted(part.rows(arm), 'expert row')} and in {_extent(part.gathered, f'padded/{arm}')}, {bounds_met(part)}"
     )
     return Reason(code="kernel-drift", message=message)
 
@@ -272,4 +272,5 @@ def _figure(value: float | None) -> str:
 
 def _extent(gathered: Gathered, pair: str) -> str:
     found = gathered.comparisons[pair]
-    return f"{found.differing_tokens} tokens ({found.differing_elements} elements, at most {found.max_ulp} ulp)"
+    elements = counted(found.differing_elements, "element")
+    return f"{counted(found.differing_tokens, 'token')} ({elements}, at most {found.max_ulp} ulp)"

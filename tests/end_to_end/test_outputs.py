@@ -31,7 +31,7 @@ def test_suite_writes_every_report_format_and_matches_itself_as_baseline(tmp_pat
     judged = [line for line in run.stdout.splitlines() if "truncated/experts, all cases: " in line]
     assert len(judged) == 1
     assert code in {0, 1, 77}  # what a busy machine's noise allows
-    assert re.search(rf"^exit {code}, .* worse: 1 cases compared|^exit 77, .* judged: 1 ", run.stdout, re.MULTILINE)
+    assert re.search(rf"^exit {code}, .* worse: 1 case compared|^exit 77, .* judged: 1 ", run.stdout, re.MULTILINE)
     assert "exit 0, as expected: results in" in run.stdout
     worse = [report | {"case": report["case"] | {"seed": 9}} for report in json.loads(json.dumps(document["results"]))]
     (tmp_path / "changed.jsonl").write_text("".join(json.dumps(report) + "\n" for report in worse))

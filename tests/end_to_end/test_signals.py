@@ -88,7 +88,7 @@ def test_signal_during_a_run_leaves_its_report_files(tmp_path: Path) -> None:
         assert bench.finish() == 143
         document = json.loads((bench.out / "results.json").read_text())
         assert (document["results"], document["missing"], document["exit_code"]) == ([], 1, 143)
-        assert "1 cases of the suite have no result: ended by SIGTERM" in (bench.out / "junit.xml").read_text()
+        assert "1 case of the suite without a result: ended by SIGTERM" in (bench.out / "junit.xml").read_text()
 
 
 def sees_to_signals(pid: int) -> bool:

@@ -163,7 +163,7 @@ def test_cases_without_a_result_and_a_killed_command_are_errors(
     (tmp_path / "summary.json").write_text(
         '{"cases": 3, "finished": 1, "stopped": "1 cases in a row lost their ranks"}'
     )
-    with pytest.raises(api.LaunchFailed, match=r"^1 of 3 cases have a result: 1 cases in a row lost their ranks; the"):
+    with pytest.raises(api.LaunchFailed, match=r"^1 of 3 cases with a result: 1 cases in a row lost their ranks; the"):
         api.suite("smoke", out=tmp_path)
     killed = subprocess.CompletedProcess([], -9, "", "")
     monkeypatch.setattr("distbench.api.subprocess.run", lambda *_, **__: killed)
@@ -210,5 +210,5 @@ def test_sequence_is_a_launch_for_each_plugin_and_has_its_reports_in_order(monke
 
 @pytest.mark.parametrize("expect", [[], ["PASS", "PASS"]])
 def test_expectations_of_another_number_than_cases_are_refused(expect: list[str]) -> None:
-    with pytest.raises(InvalidCase, match=f"expect: {len(expect)} endings for 1 cases; give one for each"):
+    with pytest.raises(InvalidCase, match=f"expect: {len(expect)} endings? for 1 case; give one for each"):
         api.suite([Case(model="tiny")], expect=expect)

@@ -33,7 +33,7 @@ from distbench.report.bundle.read import Bundle, read_bounded, read_part
 from distbench.report.bundle.summary import summary_text
 from distbench.report.files import atomic_file
 from distbench.report.schema import Report
-from distbench.utils.text import one_line
+from distbench.utils.text import counted, one_line
 
 SUMMARY = "summary.txt"
 CASE = "case.json"
@@ -138,7 +138,7 @@ def _notes(folder: str, report: Report, recording: Bundle | None, left_out: list
         yield "no rows are recorded; `distbench run … --bundle DIR` records those of a failing case"
     else:
         tokens = len(recording.manifest.recorded.tokens)
-        yield f"  distbench replay {folder}    ({tokens} failing tokens recorded)"
+        yield f"  distbench replay {folder}    ({counted(tokens, 'failing token')} recorded)"
         yield from (f"left out when it was recorded: {cut}" for cut in recording.manifest.cuts)
         if recording.manifest.trace_sha256 and _has_tensors(recording):
             yield "HAS HIDDEN STATES OF USERS' REQUESTS, as a capture recorded them: for those alone who may read these"

@@ -10,6 +10,7 @@ import msgspec
 from distbench.case.identity import case_hash
 from distbench.case.limits import Traffic
 from distbench.case.spec import Case
+from distbench.utils.text import counted
 from distbench.verify.records import LISTED_TOKENS, Gathered, ResolvedCase, Token
 from distbench.workload.version import InputsVersion
 
@@ -97,8 +98,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         table = f"{self.table_left_out} bytes, allowed are {MAX_TABLE_BYTES}"
         trace = f"{self.trace_left_out} bytes, allowed are {MAX_TRACE_BYTES}"
         found = [
-            (left_out, f"{left_out} failing tokens or more, beside the {known} recorded"),
-            (unrouted, f"the routing of {unrouted} tokens"),
+            (left_out, f"{counted(left_out, 'failing token')} or more, beside the {known} recorded"),
+            (unrouted, f"the routing of {counted(unrouted, 'token')}"),
             (self.table_left_out, f"the kernel table: {table}; replay with --kernel-table FILE"),
             (self.trace_left_out, f"the recorded routing: {trace}; replay with --routing trace:FILE"),
             (self.listed_tokens < LISTED_TOKENS, f"tokens that ranks list after the first {self.listed_tokens}"),

@@ -14,6 +14,7 @@ from distbench.case.stages import Arm
 from distbench.report.bundle.layout import MAX_TOKENS
 from distbench.transport.mori.config import sum_order
 from distbench.transport.sum_order import SumOrder
+from distbench.utils.text import counted
 from distbench.verify.records import Token
 from distbench.workload.batch import TokenBatch
 
@@ -72,7 +73,7 @@ def routing_of(rank: int, tensors: dict[str, Tensor], case: Case) -> Tensor:
     """
     routing = _present(tensors, "routing")
     if len(routing) > case.tokens[rank]:
-        message = f"routing has {len(routing)} tokens, rank {rank} has {case.tokens[rank]}"
+        message = f"routing has {counted(len(routing), 'token')}, rank {rank} has {case.tokens[rank]}"
         raise ValueError(message)
     return routing
 
@@ -89,7 +90,7 @@ def _rows(arm: str, tensors: dict[str, Tensor], case: Case, listed: Sequence[Tok
 
 def _refuse_others(found: Sequence[Token], listed: Sequence[Token], name: str) -> None:
     if len(found) > MAX_TOKENS or len(set(found)) != len(found):
-        message = f"{name} names {len(found)} tokens, allowed are {MAX_TOKENS}, each once"
+        message = f"{name} names {counted(len(found), 'token')}, allowed are {MAX_TOKENS}, each once"
         raise ValueError(message)
     if not set(found) <= set(listed):
         message = f"{name} names tokens that the manifest does not list"
@@ -108,7 +109,7 @@ def _batch(tensors: dict[str, Tensor], part: str, rows: int, case: Case) -> Toke
 def _sized(tensors: dict[str, Tensor], name: str, rows: int) -> Tensor:
     found = _present(tensors, name)
     if len(found) != rows:
-        message = f"{name} has {len(found)} rows, not {rows}"
+        message = f"{name} has {counted(len(found), 'row')}, not {rows}"
         raise ValueError(message)
     return found
 

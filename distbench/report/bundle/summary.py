@@ -8,7 +8,7 @@ from distbench.case.spec import UNSTORED_KEYS
 from distbench.case.stages import Arm
 from distbench.report.console import verdict_line
 from distbench.report.schema import Report
-from distbench.utils.text import numbers, printable
+from distbench.utils.text import counted, numbers, printable
 
 MOST_CHARACTERS = 20_000
 """Length of the text; GitHub takes 65,536 characters in an issue."""
@@ -87,7 +87,9 @@ def _keys(report: Report) -> Iterator[str]:
 
 def _comparisons(report: Report) -> Iterator[str]:
     for one in report.comparison:
-        differing = f"{one.differing_tokens} of {one.tokens} tokens, {one.differing_elements} elements differ"
+        differing = (
+            f"{one.differing_tokens} of {counted(one.tokens, 'token')}, {one.differing_elements} elements differ"
+        )
         yield f"{' / '.join(one.arms)}: {'equal' if one.equal else differing}"
     for error in report.errors:
         if not error.within:

@@ -11,6 +11,7 @@ from distbench.errors import Verdict
 from distbench.report.export.totals import DISTBENCH, Totals
 from distbench.report.results import Result, Results
 from distbench.report.schema import parts_label
+from distbench.utils.text import counted
 
 # XML 1.0 cannot represent these, not even escaped.
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -96,7 +97,7 @@ def _missing(suite: str, count: int, why: str) -> TestCase:
     case = TestCase("cases without a result", xml_text(_class("" if suite == DISTBENCH else suite, "")))
     case.time = 0
     reason = f": {why}" if why else ""
-    case.result = [Error(xml_text(f"{count} cases of the suite have no result{reason}"), "MISSING")]
+    case.result = [Error(xml_text(f"{counted(count, 'case')} of the suite without a result{reason}"), "MISSING")]
     return case
 
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 from distbench.case.limits import Proof
 from distbench.report.export.totals import DISTBENCH, Totals, quantiles_of
 from distbench.report.results import Result, Results
+from distbench.utils.text import counted
 
 _PROOFS: dict[Proof, str] = {
     "proven": "under any routing of the case's token counts",
@@ -47,7 +48,7 @@ def _lines(totals: Totals) -> Iterator[str]:
     yield f"# {title}: exit {totals.exit_code}, {totals.as_expected} of {planned} as expected"
     yield ""
     if totals.missing:
-        yield f"**{totals.missing} cases have no result.**"
+        yield f"**{counted(totals.missing, 'case')} without a result.**"
     if totals.plugins:
         yield f"**plugins**: {escape(', '.join(sorted(totals.plugins)))}"
     if totals.stand_ins:

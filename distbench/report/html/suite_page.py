@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from distbench.errors import Verdict
 from distbench.report.html.case_page import GLYPHS, MEANING, kind_of
 from distbench.report.results import Result
+from distbench.utils.text import counted
 
 ALL_DETAILED = 200
 """Most cases that all have their details on the page; of more, those do that did not end as expected."""
@@ -78,7 +79,7 @@ def suite_page(title: str, cells: Sequence[Cell], missing: int, exit_code: int, 
     return SuitePage(
         title=title,
         kind="bad" if exit_code else "good",
-        headline=f"{right} of {planned} cases ended as expected{lacking}; exit code {exit_code}",
+        headline=f"{right} of {counted(planned, 'case')} ended as expected{lacking}; exit code {exit_code}",
         counts=[
             (GLYPHS[verdict], verdict.value, MEANING[verdict], counts[verdict], surprises[verdict])
             for verdict in Verdict

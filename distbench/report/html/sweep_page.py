@@ -10,6 +10,7 @@ from distbench.case.stages import Arm
 from distbench.report.html import charts
 from distbench.report.schema import Report
 from distbench.report.sweep import COLUMNS, SweepRow
+from distbench.utils.text import counted
 
 _TOP, _HEIGHT, _LEFT, _RIGHT = 10.0, 150.0, 6.0, 354.0
 _GIB = 2**30
@@ -61,7 +62,7 @@ def sweep_page(reports: Sequence[tuple[Report, SweepRow]]) -> SweepPage:
     bound = next((str(limit.proof.bound) for limit in limits if limit.proof), "")
     unsafe = [row for row in rows if not row.safe]
     edges = sorted({bucket for report, _ in reports for bucket in _buckets(report)})
-    told = f"limits below {fullest} rows lose rows of this batch"
+    told = f"limits below {counted(fullest, 'row')} lose rows of this batch"
     proven = f"; from {bound} rows on no routing of these token counts loses any" if bound else ""
     times = [(row, row.layer_us, row.layer_p99_us) for row in rows]
     memory = [(row, _gib(row.peak_device_bytes), _gib(row.peak_device_bytes)) for row in rows]
@@ -71,7 +72,7 @@ def sweep_page(reports: Sequence[tuple[Report, SweepRow]]) -> SweepPage:
     ]
     wrong = [row for report, row in reports if not report.as_expected]
     return SweepPage(
-        headline=f"{len(rows)} limits, {len(wrong)} not as expected: {told}{proven}",
+        headline=f"{counted(len(rows), 'limit')}, {len(wrong)} not as expected: {told}{proven}",
         kind="bad" if wrong else "good",
         fullest=fullest,
         bound=bound,
@@ -116,7 +117,7 @@ def _plot(
         return bottom - value / most * _HEIGHT
 
     points = [
-        Point(across(row.rows), up(middle), up(top), f"limit {row.limit}, {row.rows} rows: {words(middle)}")
+        Point(across(row.rows), up(middle), up(top), f"limit {row.limit}, {counted(row.rows, 'row')}: {words(middle)}")
         for row, middle, top in known
         if row.rows
     ]

@@ -286,9 +286,10 @@ def _recommended(
 def _about_asked(asked: Candidate | None, proven: Candidate, whole: Candidate, doubt: _Doubt) -> str:
     if asked is None:
         return "No limit was given to judge; --limit ROWS judges yours."
+    if asked.limit >= whole.limit:
+        return f"Yours cuts nothing: it is off, or at least the {whole.limit} rows of the receive buffer."
     if asked.proven:
-        proof = "is proven" if asked.chance_any == 0 else "cuts no row that the buffer holds"
-        return f"Yours, {asked.limit}, {proof}. {_gain(asked, whole)}."
+        return f"Yours, {asked.limit}, is proven. {_gain(asked, whole)}."
     gain = f"{proven.limit} has the same bucket" if asked.bucket == proven.bucket else _gain(asked, whole)
     return f"Yours, {asked.limit}, is NOT PROVEN: {_risk(asked, doubt)}. {gain[0].upper()}{gain[1:]}."
 

@@ -17,7 +17,7 @@ from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
 from distbench.report.progress import Meter
 from distbench.tools.advise.chance import Batch
-from distbench.utils.text import one_line, shown
+from distbench.utils.text import counted, one_line, shown
 
 Phase = Literal["decode", "prefill"]
 FORMS = "uniform:LOW-HIGH, poisson:MEAN, or a .csv, .json, .jsonl or .log file"
@@ -73,7 +73,7 @@ def full_steps(tokens: tuple[int, ...], count: int) -> Steps:
     """Steps in which every rank has all the tokens that it may have."""
     names = np.arange(count, dtype=np.int64)
     sizes = (np.full(count, sum(tokens), dtype=np.int64), np.full(count, max(tokens), dtype=np.int64))
-    return Steps(names, *sizes, f"{count} steps with all tokens")
+    return Steps(names, *sizes, f"{counted(count, 'step')} with all tokens")
 
 
 def read_steps(text: str, limits: Limits, count: int, seed: int, phase: Phase) -> Steps:
@@ -87,7 +87,7 @@ def read_steps(text: str, limits: Limits, count: int, seed: int, phase: Phase) -
     if uniform and int(uniform[1]) <= int(uniform[2]):
         low, high = int(uniform[1]), int(uniform[2])
         if high > min(limits.most):
-            _refuse(text, f"{high} tokens, and a rank has at most {min(limits.most)} ({limits.name})")
+            _refuse(text, f"{counted(high, 'token')}, and a rank has at most {min(limits.most)} ({limits.name})")
         return _drawn(limits, count, lambda rng, size: rng.integers(low, high + 1, size), seed, text)
     if poisson:
         mean, most = float(poisson[1]), np.array(limits.most)
@@ -108,7 +108,9 @@ def _drawn(limits: Limits, count: int, draw: Any, seed: int, text: str) -> Steps
             tokens = draw(rng, (min(rows, count - start), limits.ep_size))
             totals[start : start + rows], mosts[start : start + rows] = tokens.sum(axis=1), tokens.max(axis=1)
             meter.done = start
-    return Steps(np.arange(count, dtype=np.int64), totals, mosts, f"{count} steps of {text}, each rank on its own")
+    return Steps(
+        np.arange(count, dtype=np.int64), totals, mosts, f"{counted(count, 'step')} of {text}, each rank on its own"
+    )
 
 
 class _Tally:
@@ -127,7 +129,10 @@ class _Tally:
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 53:
                 _refuse(str(self._path), f"{name} = {shown(number)}; allowed are whole numbers from 0 up")
         if rank >= self._limits.ep_size:
-            _refuse(str(self._path), f"step {step} has rank {rank} of {self._limits.ep_size} ranks; give --ep-size")
+            _refuse(
+                str(self._path),
+                f"step {step} has rank {rank} of {counted(self._limits.ep_size, 'rank')}; give --ep-size",
+            )
         if tokens > self._limits.most[rank]:
             most = self._limits.most[rank]
             _refuse(
@@ -157,7 +162,9 @@ class _Tally:
         told = f", in {filled} of them ranks without a line counted as the fullest one" if filled else ""
         if fill:
             totals += absent * mosts
-        return Steps(np.array(names, dtype=np.int64), totals, mosts, f"{len(names)} steps of {self._path}{told}")
+        return Steps(
+            np.array(names, dtype=np.int64), totals, mosts, f"{counted(len(names), 'step')} of {self._path}{told}"
+        )
 
 
 def _read(path: Path, entries: Any, limits: Limits, phase: Phase) -> Steps:

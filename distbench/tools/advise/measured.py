@@ -11,6 +11,7 @@ from distbench.report.schema import parts_label
 from distbench.report.sweep import sweep_row
 from distbench.tools.advise.advice import Advice
 from distbench.tools.lab import Lab, varied
+from distbench.utils.text import counted
 from distbench.workload.trace_file import read_header, read_slice
 
 
@@ -41,7 +42,7 @@ def measured(advice: Advice, asked: Case, lab: Lab) -> Advice:
         for one, row in zip(listed, rows, strict=True)
     ]
     parts = parts_label(timed.plugins, timed.stand_ins)
-    batch = f"{sum(case.tokens)} tokens by {case.routing}"
+    batch = f"{counted(sum(case.tokens), 'token')} by {case.routing}"
     about = f"layer us: measured for {batch}, median of the slowest rank{parts}; clock: {timed.method['clock']}"
     return msgspec.structs.replace(advice, candidates=told[:-1], whole_buffer=told[-1], measured=about)
 

@@ -6,6 +6,7 @@ from distbench.report.html.charts import Bars, bars
 from distbench.report.html.page import render
 from distbench.tools.advise.advice import Advice, told_chance
 from distbench.tools.advise.text import about_of, cells_of, columns_of, head_of, traffic_of
+from distbench.utils.text import counted
 
 _SHARES = (0, 10, 25, 50, 75, 90, 95, 99, 100)
 
@@ -17,7 +18,7 @@ def page_of(advice: Advice) -> str:
     lines = _lines(advice, None if yours is None else yours.limit)
     return render(
         "advise.html",
-        title=f"Which limit: {advice.model} on {advice.ep_size} ranks",
+        title=f"Which limit: {advice.model} on {counted(advice.ep_size, 'rank')}",
         kind="good" if yours is None or yours.proven else "bad",
         advice=advice,
         origin="recorded" if advice.recorded else "drawn",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distbench.report.terminal import Grid, print_parts
 from distbench.tools.advise.advice import Advice, Candidate, told_chance
+from distbench.utils.text import counted
 from distbench.utils.voice import Voice, voice
 
 _COLUMNS = ("limit", "why", "proven", "chance", "any choice", "seen above", "bucket", "kernel", "us", "kernel change")
@@ -33,14 +34,15 @@ def head_of(advice: Advice) -> str:
     held = (
         f"{slots} a rank"
         if advice.physical_experts == advice.num_experts
-        else (f"in {advice.physical_experts} slots, {slots} a rank")
+        else (f"in {counted(advice.physical_experts, 'slot')}, {slots} a rank")
     )
     shared = f" and {advice.shared_experts} shared" if advice.shared_experts else ""
-    nodes = f", {advice.nodes} nodes" if advice.nodes else ""
+    nodes = f", {counted(advice.nodes, 'node')}" if advice.nodes else ""
     layers = f"{advice.layers} MoE {'layer' if advice.layers == 1 else 'layers'}"
-    experts = f"{advice.num_experts} experts, {held}{shared}, top-{advice.topk}, {layers}"
-    batch = f"at most {_tokens(advice.most_tokens)} tokens in a step; receive buffer {advice.capacity} rows"
-    return f"{advice.model} on {advice.ep_size} ranks{nodes}: {experts}; {batch}"
+    experts = f"{counted(advice.num_experts, 'expert')}, {held}{shared}, top-{advice.topk}, {layers}"
+    buffer = counted(advice.capacity, "row")
+    batch = f"at most {_tokens(advice.most_tokens)} tokens in a step; receive buffer {buffer}"
+    return f"{advice.model} on {counted(advice.ep_size, 'rank')}{nodes}: {experts}; {batch}"
 
 
 def _tokens(tokens: list[int]) -> str:

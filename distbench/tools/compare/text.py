@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from distbench.tools.compare.comparison import ALL_CASES, CaseFinding, Comparison, Key, TimeFinding
 from distbench.tools.compare.launches import LEAST_LAUNCHES
 from distbench.tools.compare.noise import ALPHA, LEAST_SAMPLES, POWER
+from distbench.utils.text import counted
 
 _SHOWN = 50
 _SHOWN_VALUES = 8
@@ -39,14 +40,16 @@ def comparison_lines(comparison: Comparison, *, every: bool = False, alone: bool
         verdicts = " → ".join(filter(None, (found.old, found.new)))
         yield f"{found.kind:<14} {found.name}: {verdicts}{': ' if found.message else ''}{found.message}"
     if len(cases) > most:
-        yield f"and {len(cases) - most} cases more (-v has all)"
+        yield f"and {counted(len(cases) - most, 'case')} more (-v has all)"
     for time in sorted(comparison.times, key=lambda one: one.case != ALL_CASES):
         judgement = judgement_of(time, comparison)
         if judgement in _CHANGED or not alone:
             yield _time_line(time, judgement)
-    told = [f"{comparison.pairs} cases compared"]
+    told = [f"{counted(comparison.pairs, 'case')} compared"]
     told += [f"{len(comparison.unjudged)} arms and stages not judged"] if comparison.unjudged else []
-    told += [f"{len(comparison.environment)} differences of the environment"] if comparison.environment else []
+    told += (
+        [f"{counted(len(comparison.environment), 'difference')} of the environment"] if comparison.environment else []
+    )
     yield f"exit {comparison.exit_code}, {_MEANINGS[comparison.exit_code]}: {', '.join(told)}"
 
 
@@ -55,7 +58,7 @@ def _environment(comparison: Comparison, most: int) -> Iterator[str]:
         old, new = (short_list(values) for values in (found.old, found.new))
         yield f"environment    {found.what}: {old} → {new}"
     if len(comparison.environment) > most:
-        yield f"and {len(comparison.environment) - most} differences of the environment more (-v has all)"
+        yield f"and {counted(len(comparison.environment) - most, 'difference')} of the environment more (-v has all)"
 
 
 def short_list(values: Sequence[str]) -> str:
@@ -90,7 +93,7 @@ def limit_lines(comparison: Comparison) -> Iterator[str]:
             "more samples, or ask for less"
         )
     if comparison.left_out:
-        counts = ", ".join(f"{name} in {count} cases" for name, count in comparison.left_out.items())
+        counts = ", ".join(f"{name} in {counted(count, 'case')}" for name, count in comparison.left_out.items())
         yield f"left out for too few samples ({LEAST_SAMPLES} of each launch): {counts}"
     if not comparison.times:
         return
@@ -102,7 +105,7 @@ def limit_lines(comparison: Comparison) -> Iterator[str]:
             f"give at least {LEAST_LAUNCHES}"
         )
     else:
-        yield f"noise: between the {comparison.launches} launches of OLD, and within launches"
+        yield f"noise: between the {counted(comparison.launches, 'launch')} of OLD, and within launches"
 
 
 def _least_found(comparison: Comparison) -> Iterator[str]:
@@ -130,7 +133,7 @@ def judgement_of(time: TimeFinding, comparison: Comparison) -> str:
 
 def _time_line(time: TimeFinding, word: str) -> str:
     change = time.change
-    summed = f" summed over {time.cases} cases" if time.cases > 1 else ""
+    summed = f" summed over {counted(time.cases, 'case')}" if time.cases > 1 else ""
     found = f"{time.old_us:.1f} → {time.new_us:.1f} µs{summed}, {change.change:+.1%}"
     if change.detectable is None:
         bound = "no change of any size could have been found"

@@ -19,7 +19,7 @@ from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
 from distbench.report.progress import Meter
 from distbench.tools.recorded.captured_tensors import captured_tensors
-from distbench.utils.text import one_line
+from distbench.utils.text import counted, one_line
 from distbench.workload.trace_file import (
     MOST_IDS,
     MOST_SLICES,
@@ -122,7 +122,7 @@ def _merged(folder: str, found: _Found) -> tuple[dict[tuple[int, int], Slice], l
     left_out: Counter[str] = Counter()
     for (step, layer), ranks in sorted(found.slices.items()):
         if len(ranks) < found.place.ep_size:
-            left_out[f"not of all {found.place.ep_size} ranks"] += 1
+            left_out[f"not of all {counted(found.place.ep_size, 'rank')}"] += 1
             continue
         one = _slice(found.place, ranks)
         if bad_ids(one.ids, found.place.num_experts):
@@ -133,9 +133,9 @@ def _merged(folder: str, found: _Found) -> tuple[dict[tuple[int, int], Slice], l
             left_out[_PADDING] += _check_rows(folder, found.place, ranks, one)
             slices[step, layer] = one
     padded = left_out.pop(_PADDING, 0)
-    notes = [f"{count} dispatches are left out: {why}" for why, count in left_out.items()]
+    notes = [f"{counted(count, 'dispatch')} left out: {why}" for why, count in left_out.items()]
     if padded:
-        notes.append(f"{padded} dispatches {_PADDING}")
+        notes.append(f"{counted(padded, 'dispatch')} {_PADDING}")
     problems = [(where, problem) for where, one in slices.items() if (problem := bad_weights(one.weights, one.ids))]
     if problems:
         (step, layer), problem = problems[0]
@@ -184,7 +184,7 @@ def _part(path: str) -> tuple[Place, str, list[Seen]]:
     if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != len(COLUMNS) or (table < 0).any():  # noqa: PLR2004
         _refuse(path, f"slices {table.dtype} {table.shape} are not of the format")
     if len(table) > MOST_SLICES:
-        _refuse(path, f"{len(table)} dispatches; a trace has at most {MOST_SLICES} steps and layers")
+        _refuse(path, f"{counted(len(table), 'dispatch')}; a trace has at most {MOST_SLICES} steps and layers")
     if (table[:, 0] >= _MOST_STEP).any() or (table[:, 1] >= _MOST_LAYER).any():
         _refuse(path, f"a step or layer beyond {_MOST_STEP} and {_MOST_LAYER}")
     count = int(table[:, 2].clip(0, MOST_IDS).sum())
@@ -257,9 +257,13 @@ def _counted(folder: str, names: list[str]) -> Iterator[str]:
         left_out.update({key: getattr(counts, key) for key in (*told, *of_tensors)})
         if counts.error:
             yield f"{name}: the capture ended: {one_line(counts.error)[:300]}"
-    yield from (f"{left_out[key]} dispatches were not recorded: {why}" for key, why in told.items() if left_out[key])
     yield from (
-        f"hidden states of {left_out[key]} dispatches {why}" for key, why in of_tensors.items() if left_out[key]
+        f"{counted(left_out[key], 'dispatch')} not recorded: {why}" for key, why in told.items() if left_out[key]
+    )
+    yield from (
+        f"hidden states of {counted(left_out[key], 'dispatch')} {why}"
+        for key, why in of_tensors.items()
+        if left_out[key]
     )
 
 

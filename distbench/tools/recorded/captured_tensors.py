@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from distbench.capture.part_file import FORMAT, TENSORS, VERSION, Seen
 from distbench.errors import InvalidCase
+from distbench.utils.text import counted
 from distbench.workload.trace_file import open_trace
 from distbench.workload.trace_tensors import WORDS, Tensors, bad_tensors, map_tensors
 
@@ -38,7 +39,7 @@ def captured_tensors(
         told = f"hidden states of step {place[0]}, layer {place[1]} are left out: "
         seen = slices.get(place, {})
         if len(paths) < ranks or len(seen) < ranks:
-            notes.append(f"{told}{min(len(paths), len(seen))} of {ranks} ranks have them")
+            notes.append(f"{told}{min(len(paths), len(seen))} of {counted(ranks, 'rank')} have them")
             continue
         if (len(tensors) + 1) * ranks > _MOST_MAPPED:
             notes.append(f"{told}more than {_MOST_MAPPED} files of hidden states")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase, Unsupported
-from distbench.utils.text import one_line, shown, why
+from distbench.utils.text import counted, one_line, shown, why
 from distbench.workload.trace_file import MOST_IDS
 
 ALL_RANKS = -1
@@ -122,7 +122,7 @@ def _sglang(path: str) -> Iterator[Part]:
         if ids is None or getattr(ids, "ndim", 0) != _DIMENSIONS - 1:
             _refuse(path, f"a record without topk_ids_of_layer; {_MODE}")
         if ids.numel() > MOST_IDS:  # a tensor may repeat one number without room for it
-            _refuse(path, f"a record of {ids.numel()} experts, allowed are {MOST_IDS}; give a part of it")
+            _refuse(path, f"a record of {counted(ids.numel(), 'expert')}, allowed are {MOST_IDS}; give a part of it")
         found = ids.long().numpy()
         used = (found != -1).any(axis=(0, 1))  # the recorder has room for 8 experts of a token
         for layer, one in enumerate(found):
@@ -186,7 +186,7 @@ def _full(path: str, rows: Any, columns: int) -> Iterator[list[str]]:
     """The lines of a csv.reader that are not empty; one with other columns than the first is refused."""
     for row in rows:
         if len(row) not in (0, columns):
-            _refuse(path, f"line {rows.line_num}: {len(row)} columns, the first line has {columns}")
+            _refuse(path, f"line {rows.line_num}: {counted(len(row), 'column')}, the first line has {columns}")
         if row:
             yield row
 

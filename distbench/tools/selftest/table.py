@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distbench.tools.selftest.outcomes import Outcomes
+from distbench.utils.text import counted
 
 COLUMNS = ("fault", "expected", "verdict", "diagnosis", "caught", "right", "healthy rank blamed")
 
@@ -10,7 +11,7 @@ COLUMNS = ("fault", "expected", "verdict", "diagnosis", "caught", "right", "heal
 def ran(outcomes: Outcomes) -> str:
     """Transport and experts that ran: a self-test makes a statement about these only."""
     emulated = f" (emulated: {', '.join(outcomes.stand_ins)})" if outcomes.stand_ins else ""
-    return f"{outcomes.ranks} ranks, {' + '.join(outcomes.parts)}{emulated}"
+    return f"{counted(outcomes.ranks, 'rank')}, {' + '.join(outcomes.parts)}{emulated}"
 
 
 def cells(outcomes: Outcomes) -> list[tuple[str, ...]]:
@@ -34,11 +35,11 @@ def closing_lines(outcomes: Outcomes) -> list[str]:
     seeds = sum(row.seeds for row in outcomes.rows)
     caught, right = sum(row.caught for row in outcomes.rows), sum(row.right for row in outcomes.rows)
     blamed, alarms = sum(row.healthy_blamed for row in outcomes.rows), outcomes.false_alarms
-    missing = [f"{outcomes.missing} cases left no result"] if outcomes.missing else []
+    missing = [f"{counted(outcomes.missing, 'case')} left no result"] if outcomes.missing else []
     total = (
-        f"{len(outcomes.rows)} faults, {seeds} cases: {caught} caught, {right} with the right verdict, first stage and "
-        f"ranks ({100 * outcomes.right_share:.1f} %), a healthy rank blamed in {blamed}; {len(alarms)} false alarms in "
-        f"{outcomes.clean} clean cases"
+        f"{counted(len(outcomes.rows), 'fault')}, {counted(seeds, 'case')}: {caught} caught, {right} with the right "
+        f"verdict, first stage and ranks ({100 * outcomes.right_share:.1f} %), a healthy rank blamed in {blamed}; "
+        f"{counted(len(alarms), 'false alarm')} in {counted(outcomes.clean, 'clean case')}"
     )
     not_tried = [f"not tried here: {label}: {reason}" for label, reason in outcomes.not_tried.items()]
     result = f"selftest: {'passed' if outcomes.passed else 'FAILED'}"

@@ -14,6 +14,7 @@ from distbench.tools.trend.history import Ending, History
 from distbench.tools.trend.text import bound_words, conclusion, share, short, since_words, state_of
 from distbench.tools.trend.times import Level, StageTrend
 from distbench.tools.trend.trend import NightTotals, Trend
+from distbench.utils.text import counted
 
 MOST_CELLS = 6000
 """Most signs in the grid of cases by nights, for a page below 5 MiB."""
@@ -96,7 +97,7 @@ def page_of(trend: Trend) -> str:
     changes = _changes(trend)
     return render(
         "trend.html",
-        title=f"{', '.join(trend.suites) or 'results'} over {len(trend.nights)} nights",
+        title=f"{', '.join(trend.suites) or 'results'} over {counted(len(trend.nights), 'night')}",
         kind=_kind(trend),
         headline=conclusion(trend),
         bars=_bars(trend.nights),
@@ -187,7 +188,7 @@ def _levels(trend: Trend, stage: StageTrend) -> LevelChart | None:
         if one.bounds is not None
     ]
     state = state_of(trend, stage)
-    change = f"{share(last.change)} on {last.references} nights before, bound {bound_words(last)}"
+    change = f"{share(last.change)} on {counted(last.references, 'night')} before, bound {bound_words(last)}"
     return LevelChart(
         title=f"{stage.arm}, {stage.stage}",
         words=f"newest {microseconds(last.typical_us)}, {change}{f'; {state}' if state else ''}",

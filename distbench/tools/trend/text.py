@@ -10,6 +10,7 @@ from distbench.report.terminal import Grid
 from distbench.tools.trend.history import History
 from distbench.tools.trend.times import REFERENCES, Level, StageTrend
 from distbench.tools.trend.trend import Trend
+from distbench.utils.text import counted
 
 _MOST_NIGHTS, _MOST_CASES, _MOST_NAMED = 14, 20, 4
 _MOST_OF_A_NAME, _MOST_OF_A_REASON = 80, 160
@@ -22,11 +23,11 @@ def parts_of(trend: Trend, *, every: bool = False) -> Iterator[str | Grid]:
     nights, cases = (len(trend.nights), len(troubled)) if every else (_MOST_NIGHTS, _MOST_CASES)
     yield _nights(trend, nights)
     if len(trend.nights) > nights:
-        yield f"{len(trend.nights) - nights} earlier nights: --verbose, or --report html,csv"
+        yield f"{counted(len(trend.nights) - nights, 'earlier night')}: --verbose, or --report html,csv"
     if troubled:
         yield _cases(trend, troubled[:cases])
     if len(troubled) > cases:
-        yield f"{len(troubled) - cases} more cases were bad in some night: --verbose, or --report csv"
+        yield f"{counted(len(troubled) - cases, 'more case')} with a bad night: --verbose, or --report csv"
     if trend.stages:
         yield _stages(trend)
     yield conclusion(trend)
@@ -41,8 +42,8 @@ def conclusion(trend: Trend) -> str:
     more = f" and {len(slower) - _MOST_NAMED} more" if len(slower) > _MOST_NAMED else ""
     times = f"slower than noise explains: {', '.join(slower[:_MOST_NAMED])}{more}" if slower else "none is slower"
     return (
-        f"{len(trend.nights)} nights; {night.name}: {night.as_expected} of {night.planned} cases as expected; "
-        f"{cases}; of {len(trend.stages)} timed stages {times}"
+        f"{counted(len(trend.nights), 'night')}; {night.name}: {night.as_expected} of {counted(night.planned, 'case')} "
+        f"as expected; {cases}; of {counted(len(trend.stages), 'timed stage')} {times}"
     )
 
 

@@ -13,6 +13,7 @@ from distbench.tools.compare.environment import EnvironmentFinding, Surroundings
 from distbench.tools.trend.history import Change, Histories, History
 from distbench.tools.trend.nights import Night
 from distbench.tools.trend.times import StageTrend, Times
+from distbench.utils.text import counted
 
 
 class NightTotals(NamedTuple):
@@ -86,7 +87,7 @@ def trend_of(nights: Sequence[Night], tell: Callable[[int, str], None]) -> Trend
         if found:
             surroundings.append((number, _surroundings(found)))
     if not histories.cases:
-        message = f"trend: {len(nights)} nights without a single result; run the suite to its first case"
+        message = f"trend: {counted(len(nights), 'night')} without a single result; run the suite to its first case"
         raise InvalidCase(message)
     return Trend(
         suites=sorted(filter(None, suites)),

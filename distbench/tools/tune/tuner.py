@@ -16,6 +16,7 @@ from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape, TableRow, Tile
 from distbench.tools.tune.candidates import Family, First
 from distbench.tools.tune.trial import graph_us, make_layer, run
+from distbench.utils.text import counted
 
 
 class Tuner:
@@ -38,7 +39,7 @@ class Tuner:
         problem = _Problem(self, bucket)
         rows = [row for family in tried if (row := problem.best(family)) is not None]
         if not rows:
-            message = f"tune: no kernel gives the oracle's bits for {bucket} rows of {self._shape}"
+            message = f"tune: no kernel gives the oracle's bits for {counted(bucket, 'row')} of {self._shape}"
             raise Unsupported(message)
         return min(rows, key=lambda row: row.us or 0.0)
 
@@ -71,7 +72,7 @@ class _Problem:
         timed = []
         for number, pair in enumerate(pairs, 1):
             config = family.config(*pair)
-            what = f"{self._bucket} rows, tiles of {family.block_m}, {config.name1} {config.name2}"
+            what = f"{counted(self._bucket, 'row')}, tiles of {family.block_m}, {config.name1} {config.name2}"
             self._tuner.note(what, number - 1, len(pairs))
             micros = self._micros(config)
             if micros is not None:

@@ -140,7 +140,7 @@ def test_size_is_bounded_and_what_was_dropped_is_counted_and_said(
     assert 0 < sum(path.stat().st_size for path in files) < 22_000
     assert counts(tmp_path / "c")["over_size"] + counts(tmp_path / "c")["recorded"] == 200 * LAYERS
     assert capsys.readouterr().err.count("gets no more") == W
-    assert "dispatches were not recorded: beyond the size allowed" in read_capture(str(tmp_path / "c")).notes[0]
+    assert "dispatches not recorded: beyond the size allowed" in read_capture(str(tmp_path / "c")).notes[0]
 
 
 def test_a_writer_that_is_behind_costs_dispatches_and_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_a_dispatch_that_is_captured_into_a_graph_is_counted_and_allocates_nothi
     server.end()
     assert counts(tmp_path / "c")["in_graphs"] == LAYERS
     (note,) = read_capture(str(tmp_path / "c")).notes
-    assert note == f"{W * LAYERS} dispatches were not recorded: while a graph was captured, whose replays nobody sees"
+    assert note == f"{W * LAYERS} dispatches not recorded: while a graph was captured, whose replays nobody sees"
 
 
 @pytest.mark.parametrize("how", ["file in the way", "open to others", "earlier capture"])
@@ -401,7 +401,7 @@ def test_environment_gives_all_settings() -> None:
     ("damage", "reason"),
     [
         ("wrong rows", "their steps are not the same ones"),
-        ("rank missing", f"nothing to convert; {LAYERS} dispatches are left out: not of all {W} ranks"),
+        ("rank missing", f"nothing to convert; {LAYERS} dispatches left out: not of all {W} ranks"),
         ("cut", "cannot be read"),
         ("other format", "not a part of version 1"),
         ("ids", "the dispatches have"),
@@ -464,7 +464,7 @@ def test_rows_of_padding_are_dropped_and_those_that_reached_rank_0_are_named(
         recorder.end()
     found = read_capture(str(tmp_path / "c"))
     assert found.slices[0, 0].ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 4]]
-    told = "1 dispatches gave rank 0 the rows of padding (ids of -1) as well, which the trace lacks"
+    told = "1 dispatch gave rank 0 the rows of padding (ids of -1) as well, which the trace lacks"
     assert found.notes == ([] if kernel_skips else [told])
 
 
@@ -476,9 +476,7 @@ def test_a_token_with_a_slot_of_its_own_left_out_costs_its_dispatch_alone(tmp_pa
     recorder.end()
     found = read_capture(str(tmp_path / "c"))
     assert list(found.slices) == [(0, 0)]
-    assert found.notes == [
-        "1 dispatches are left out: a token has -1 beside experts, one twice, or one that there is not"
-    ]
+    assert found.notes == ["1 dispatch left out: a token has -1 beside experts, one twice, or one that there is not"]
 
 
 def test_command_shows_and_converts_a_capture_for_advise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

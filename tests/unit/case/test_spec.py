@@ -91,7 +91,7 @@ def test_model_keeps_its_name_if_given_dimensions_equal_its_own() -> None:
 
 
 def test_ep_size_that_differs_from_the_launched_ranks_is_refused() -> None:
-    with pytest.raises(InvalidCase, match=r"ep_size = 3 .*4 ranks were started"):
+    with pytest.raises(InvalidCase, match=r"ep_size = 3 .*the launch has 4 ranks"):
         resolve_case([Layer("file", {"ep_size": 3})], 4)
 
 

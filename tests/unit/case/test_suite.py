@@ -152,7 +152,7 @@ def test_override_flags_win_over_suite_keys_and_keep_case_names(load: Load) -> N
 
 def test_a_case_may_take_fewer_ranks_but_not_more(load: Load) -> None:
     assert cases(load('[defaults]\nmodel = "tiny"\n[axes]\nep_size = [1, 3]'))[1].tokens == (16, 16, 16)
-    with pytest.raises(InvalidCase, match=r"ep_size = 5 \(suite:some\): 4 ranks were started"):
+    with pytest.raises(InvalidCase, match=r"ep_size = 5 \(suite:some\): the launch has 4 ranks"):
         load("[axes]\nep_size = [1, 5]")
 
 

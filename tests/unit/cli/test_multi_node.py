@@ -24,6 +24,7 @@ from distbench.launcher.nodes.protocol import Beat, Phase
 from distbench.launcher.postmortem import machines
 from distbench.report.export import FILES, load_writers, parse_targets
 from distbench.report.results import Results
+from distbench.utils.text import counted
 from tests.cases import tiny_case
 from tests.end_to_end.launches import wait_until, write_suite
 
@@ -128,10 +129,10 @@ def test_every_report_format_is_written_if_nodes_never_join(
     document = json.loads((out / "results.json").read_text())
     assert (document["results"], document["missing"], document["exit_code"]) == ([], cases, 3)
     (case,) = etree.fromstring((out / "junit.xml").read_bytes()).iter("testcase")
-    assert f"{cases} cases of the suite have no result: node 1 did not join" in case[0].get("message")
+    assert f"{counted(cases, 'case')} of the suite without a result: node 1 did not join" in case[0].get("message")
     name = "suite" if command == "suite" else "distbench run"
     assert f'distbench_cases_missing{{case="",suite="{name}"}} {cases}.0' in (out / "results.prom").read_text()
-    assert f"{cases} cases have no result" in (out / "results.md").read_text()
+    assert f"{counted(cases, 'case')} without a result" in (out / "results.md").read_text()
 
 
 def test_failed_report_export_does_not_hide_the_original_error(

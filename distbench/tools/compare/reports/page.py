@@ -12,6 +12,7 @@ from distbench.report.html.page import render
 from distbench.tools.compare.comparison import ALL_CASES, CaseFinding, Comparison, TimeFinding
 from distbench.tools.compare.environment import EnvironmentFinding
 from distbench.tools.compare.text import judgement_of, limit_lines, short_list, worst_first
+from distbench.utils.text import counted
 
 _SHOWN_CASES, _SHOWN_TIMES, _SHOWN_FACTS = 200, 50, 100
 _NO_REGRESSION, _REGRESSION = 0, 1
@@ -108,7 +109,9 @@ def _headline(comparison: Comparison) -> str:
     told += [f"{count} {kind}" for kind, count in kinds.items()]
     words = Counter(judgement_of(time, comparison) for time in comparison.times if time.case == ALL_CASES)
     told += [f"{_count(words[word], 'arm and stage', 'arms and stages')} {word}" for word in _WORDS if words[word]]
-    told += [f"{len(comparison.environment)} differences of the environment"] if comparison.environment else []
+    told += (
+        [f"{counted(len(comparison.environment), 'difference')} of the environment"] if comparison.environment else []
+    )
     return ", ".join(told)
 
 

@@ -79,7 +79,7 @@ def test_junit_is_parsed_by_lxml_with_expected_outcomes(tmp_path: Path) -> None:
     assert "why: wrong ended in CORRUPT" in str(failure.text)
     assert "emulated: collective for mori" in str(failure.text)
     (missing,) = suite.findall("testcase[@name='cases without a result']/error")
-    assert missing.get("message") == "2 cases of the suite have no result"
+    assert missing.get("message") == "2 cases of the suite without a result"
 
 
 @pytest.mark.skipif("JUNIT_XSD" not in os.environ, reason="needs JUNIT_XSD, the path of a published JUnit schema")
@@ -281,7 +281,7 @@ def test_json_contains_the_reports_unchanged(tmp_path: Path) -> None:
 def test_markdown_states_exit_code_failures_and_missing_results(tmp_path: Path) -> None:
     text = write(tmp_path, SUITE, cases=8)["md"]
     assert "exit 3, 2 of 8 as expected" in text
-    assert "2 cases have no result" in text
+    assert "2 cases without a result" in text
     cells = markdown_cells(text)
     assert [row[:3] + row[5:] for row in cells if row[:1] == ["CORRUPT"]][-1:] == [
         ["CORRUPT", "PASS", "wrong", "wrong ended in CORRUPT"]

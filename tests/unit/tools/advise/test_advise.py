@@ -230,7 +230,9 @@ def test_without_tokens_a_rank_may_have_all_that_mori_takes(tmp_path: Path) -> N
 def test_limit_that_is_off_is_judged_as_the_whole_buffer_and_other_programs_have_no_variable_of_sglang(
     tmp_path: Path,
 ) -> None:
-    assert advice(tmp_path, *QUESTION, "--limit=off")["recommendation"][1].startswith("Yours, 4096, is proven.")
+    for limit in ("off", "0", "capacity", "99999999"):
+        said = advice(tmp_path, *QUESTION, f"--limit={limit}")["recommendation"][1]
+        assert said == "Yours cuts nothing: it is off, or at least the 4096 rows of the receive buffer."
     found = advice(tmp_path, *QUESTION, "--profile=vllm")
     assert found["recommendation"][0].startswith("limit=")
 
@@ -244,7 +246,7 @@ def test_smaller_buffer_than_the_steps_is_an_overflow_whatever_the_limit(tmp_pat
     folder = tmp_path / "cases"
     found = advice(tmp_path, *QUESTION, "--prealloc-max-recv-tokens=512", "--limit=512", f"--cases={folder}")
     assert found["recommendation"][0].startswith("OVERFLOW, whatever the limit: a rank may receive 2048 rows")
-    assert found["recommendation"][1].startswith("Yours, 512, cuts no row that the buffer holds.")
+    assert found["recommendation"][1].startswith("Yours cuts nothing: it is off, or at least the 512 rows")
     assert of(found, "yours")["chance_independent"] == of(found, "yours")["chance_any"] == 1
     assert {path.read_text().partition("all of them: ")[2][:8] for path in folder.iterdir()} == {"OVERFLOW"}
     assert found["notes"][-1].startswith("OVERFLOW, whatever the limit: 10000 drawn steps exceed the receive buffer")
@@ -263,7 +265,7 @@ def test_smaller_buffer_than_the_steps_is_an_overflow_whatever_the_limit(tmp_pat
         (("--tokens=1,2",), "2 numbers for 16 ranks"),
         (("--topk=300",), "topk = 300"),
         (("--limit=max-recv",), "the rows received|rows received are not known before a run"),
-        (("--nodes=3",), "--nodes 3: 16 ranks"),
+        (("--nodes=3",), "--nodes 3: does not divide 16 ranks"),
         (("--routing=hot-rank:16",), "R is allowed from 0 to 15"),
         (("--placement=none.json",), "placement = 'none.json': cannot be read"),
         (("--batches=x",), "--batches 'x': allowed are"),

@@ -175,7 +175,7 @@ def test_case_missing_in_one_old_launch_is_excluded_from_times_and_reported(
     folders = [str(write_results(tmp_path / f"old{number}", cases[: 2 - (number == 1)])) for number in range(3)]
     new = str(write_results(tmp_path / "new", cases))
     assert main(["compare", *folders, new]) == 0
-    assert "padded/experts in 1 cases" in capsys.readouterr().out
+    assert "padded/experts in 1 case" in capsys.readouterr().out
     assert main(["compare", *folders, str(write_results(tmp_path / "short", cases[:1]))]) == 1
 
 
@@ -212,7 +212,7 @@ def test_last_line_counts_stages_that_are_not_judged(tmp_path: Path, capsys: pyt
     compare(tmp_path, [result(timing=thin)], [result(timing=noisy(2))])
     assert (
         capsys.readouterr().out.splitlines()[-1]
-        == "exit 0, nothing became worse: 1 cases compared, 4 arms and stages not judged"
+        == "exit 0, nothing became worse: 1 case compared, 4 arms and stages not judged"
     )
 
 
@@ -291,7 +291,7 @@ def test_environment_differences_are_printed_first(tmp_path: Path, capsys: pytes
         "environment    versions.torch: 2.13.0 → 2.9.0+rocm7.0",
         "environment    variables.NCCL_ALGO: none → Ring",
     ]
-    assert lines[-1] == "exit 1, something became worse: 1 cases compared, 2 differences of the environment"
+    assert lines[-1] == "exit 1, something became worse: 1 case compared, 2 differences of the environment"
     assert compare(tmp_path, slow[:1], slow[:1])[1]["environment"] == []
 
 
@@ -311,7 +311,7 @@ def test_comparison_in_json_is_the_only_standard_output(tmp_path: Path, capsys: 
     assert main(["compare", *folders, "--json", "-", "--verdicts-only"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["schema"] == "distbench.compare/1"
-    assert told.err.splitlines()[-1].startswith("exit 0, nothing became worse: 1 cases compared")
+    assert told.err.splitlines()[-1].startswith("exit 0, nothing became worse: 1 case compared")
     assert not list(tmp_path.glob("**/-"))
 
 

@@ -269,7 +269,7 @@ def test_quiet_is_the_conclusion_alone_and_verbose_shows_every_night(
 ) -> None:
     write_nights(tmp_path, [[result(timing={"wall_s": 1.0})]] * 20)
     assert main(["trend", str(tmp_path), "--quiet"]) == 0
-    assert capsys.readouterr().out.startswith("20 nights; n19: 1 of 1 cases as expected")
+    assert capsys.readouterr().out.startswith("20 nights; n19: 1 of 1 case as expected")
     for flag, shown in (("--last=20", 14), ("--verbose", 20)):
         assert main(["trend", str(tmp_path), flag]) == 0
         text = capsys.readouterr().out
@@ -282,7 +282,7 @@ def test_night_alone_and_times_of_none_are_a_trend(tmp_path: Path, capsys: pytes
     assert [row["padded_experts_median_us"] for row in rows] == [""]
     assert "None: every result of every night was expected." in words(read_page(page))
     assert "Times by stage" not in words(read_page(page))
-    assert "1 nights; n0: 1 of 1 cases as expected; none bad now" in capsys.readouterr().out
+    assert "1 night; n0: 1 of 1 case as expected; none bad now" in capsys.readouterr().out
 
 
 def test_hostile_text_stays_text_and_no_cell_is_a_formula(tmp_path: Path) -> None:
