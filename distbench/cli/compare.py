@@ -135,7 +135,19 @@ def _compare(options: argparse.Namespace) -> int:
 def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results) -> int:
     comparison = _judged(options, old, new)
     _print(comparison)
+    _write_beside_page(options, comparison)
     return comparison.exit_code
+
+
+def _write_beside_page(options: argparse.Namespace, comparison: Comparison) -> None:
+    """Write the comparison's own page into the results' folder, where --report asks for HTML."""
+    from distbench.report.export import load_writers, parse_targets, write_reports
+
+    folder = Path(options.out)
+    if "html" in parse_targets(",".join(options.report), folder):
+        page = folder / "comparison.html"
+        write_reports(comparison, load_writers({"html": page}, _REPORTS))
+        print_note(f"page: {page}")
 
 
 def _judged(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results) -> Comparison:

@@ -12,6 +12,7 @@ from distbench.case.stages import LAYER_STAGES, Arm
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.html import cells, charts
 from distbench.report.html.view import Pictured, PicturedRank
+from distbench.report.schema import CallerReport
 from distbench.utils.text import one_line
 
 MOST_NUMBERED = 16
@@ -288,3 +289,12 @@ def _environment(report: Pictured) -> Iterator[tuple[str, str]]:
         ("method", report.method),
     ):
         yield from ((f"{what} {name}", str(value)) for name, value in facts.items())
+    if report.caller:
+        yield from _caller(report.caller)
+
+
+def _caller(caller: CallerReport) -> Iterator[tuple[str, str]]:
+    """The code of the arm production, and its arguments of fused_moe unlike distbench's."""
+    yield "caller", f"{caller.package} {caller.version}, {caller.origin}, SHA-256 {caller.sha256}"
+    for name, (theirs, ours) in caller.arguments.items():
+        yield f"caller's argument {name}", f"{theirs}, distbench's {ours}"

@@ -8,7 +8,14 @@ import msgspec
 
 from distbench.errors import InvalidCase
 from distbench.report.findings import ErrorReport
-from distbench.report.schema import CaseView, ComparisonReport, DifferingReport, InjectedReport, RateReport
+from distbench.report.schema import (
+    CallerReport,
+    CaseView,
+    ComparisonReport,
+    DifferingReport,
+    InjectedReport,
+    RateReport,
+)
 from distbench.utils.text import one_line
 from distbench.verify.records import Divergence, SentRows
 
@@ -51,6 +58,7 @@ class Pictured(CaseView, frozen=True, kw_only=True):
     rate: RateReport | None = None
     sent: SentRows | None = None
     differing: DifferingReport | None = None
+    caller: CallerReport | None = None
 
 
 def pictured(raw: bytes) -> Pictured:

@@ -168,8 +168,9 @@ def test_baseline_in_the_output_folder_is_read_before_it_is_overwritten(
     ranks({})
     assert main(command) == 0
     ranks({0: Verdict.CORRUPT})
-    assert main([*command, f"--baseline={out}"]) == 1
+    assert main([*command, f"--baseline={out}", "--report=html"]) == 1
     assert ": PASS → CORRUPT" in capsys.readouterr().out
+    assert "1 case compared with one older launch, 1 regressed" in (out / "comparison.html").read_text()
 
 
 def expectation(verdict: str, **match: object) -> list[dict[str, object]]:

@@ -67,6 +67,22 @@ def test_rank_above_the_limit_is_named_beside_the_picture(tmp_path: Path) -> Non
     assert caption.endswith("rank 0-1")
 
 
+def test_page_of_a_case_has_its_caller_and_the_arguments_that_differ(tmp_path: Path) -> None:
+    caller = {
+        "package": "sglang",
+        "version": "0.5.23",
+        "origin": "sglang.whl",
+        "files": ["srt/a.py"],
+        "sha256": "5a" * 32,
+        "rows": {"0": 32},
+        "arguments": {"block_size_M": ["64", "none"]},
+    }
+    root = page_of(tmp_path, [failing(caller=caller)])
+    said = {one.text: one.getnext().text for one in root.xpath("//dl/dt")}
+    assert said["caller"] == f"sglang 0.5.23, sglang.whl, SHA-256 {'5a' * 32}"
+    assert said["caller's argument block_size_M"] == "64, distbench's none"
+
+
 @pytest.mark.parametrize("name", ["pass", "under-limit", "nondeterministic"])
 def test_report_from_before_rows_sent_has_its_page(name: str, tmp_path: Path) -> None:
     report = json.loads((OLD / "reports" / f"{name}.json").read_text())
