@@ -28,7 +28,7 @@ from distbench.case.tokens import split_tokens, spread_tokens
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import architecture
-from distbench.utils.text import closest, counted, one_line, shown
+from distbench.utils.text import closest, counted, in_words, one_line, shown
 
 FLAGS = "flag"
 _DEFAULT = "default"
@@ -166,7 +166,7 @@ def typed_value(key: str, raw: Any, layer: Layer) -> Any:
     except (msgspec.ValidationError, ValueError, OverflowError) as error:
         words = ("experts", "layer") if key == "graph" else get_args(get_args(FIELD_TYPES[key])[0])
         allowed = words if "enum" in str(error) else ()
-        reason = f"allowed are {', '.join(allowed)}" if allowed else one_line(error)
+        reason = f"allowed are {', '.join(allowed)}" if allowed else in_words(one_line(error))
         message = f"{name_of(key, layer)} = {shown(raw)}: {reason}"
         raise InvalidCase(message) from error
     if key in KINDS:

@@ -47,6 +47,17 @@ def seconds(least: float = 0.0) -> Callable[[str], float]:
     return read
 
 
+def share(text: str) -> float:
+    """A share above 0, up to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:
+        _refuse(text, "shares above 0, up to 1, such as 0.97")
+    return number
+
+
 def plain_counts(text: str) -> str:
     """Text with the numbers of tokens or rows in it spelled out: 4k is 4096, 1m is 1048576, as in nccl-tests."""
     return _COUNT.sub(lambda found: str(int(found[1]) * _POWERS[found[2].lower()]), text)

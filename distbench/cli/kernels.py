@@ -32,6 +32,7 @@ _KEYS = (
     *("kernel_table", "aiter_version", "aiter_ksplit", "aiter_bypass_tune"),
     *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens", "shared_experts", "physical_experts", "placement"),
 )
+_MOST_ROWS = 10**12 - 1
 _NO_ANSWER = "no verdict: no tuned row for its kernel, and the library's own choice is unknown"
 
 
@@ -154,6 +155,9 @@ def _limits(text: str) -> list[int]:
     except ValueError as error:
         message = f"--limits {text!r:.80}: allowed are numbers of rows from 1 up, such as 64,256"
         raise InvalidCase(message) from error
+    if any(limit > _MOST_ROWS for limit in limits):
+        message = f"--limits {text!r:.80}: give numbers of rows up to {_MOST_ROWS}"
+        raise InvalidCase(message)
     if any(limit < 1 for limit in limits):
         message = f"--limits {text!r:.80}: production reads a limit below 1 as off; give numbers of rows from 1 up"
         raise InvalidCase(message)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from distbench.case.spec import CALL_KEYS, CALLER_KEYS, FIELD_HINTS
-from distbench.cli.argument_types import whole
+from distbench.cli.argument_types import share, whole
 from distbench.cli.options import add_case_options, add_launch, add_voice, case_flags, output_of
 from distbench.report.terminal import print_step, print_table, print_text, print_verdict
 
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--share",
-        type=float,
+        type=share,
         default=None,
         metavar="SHARE",
         help="share of mutants that must be detected (default: 0.97)",

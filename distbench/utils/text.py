@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 _SHOWN_CHARACTERS = 120
+_REFUSAL = re.compile(
+    r"Expected `(?P<kind>int|float)`(?: (?P<than>[<>]=?) (?P<bound>[-+.e\d]+))?(?:, got `\w+`)?"
+    r"(?: - at `\$\[(?P<place>\d+)\]`)?"
+)
+_KINDS = {"int": "whole numbers", "float": "numbers"}
+_BOUNDS = {">=": "from {:.16g} up", "<=": "up to {:.16g}", ">": "above {:.16g}", "<": "below {:.16g}"}
 
 
 def shown(value: object) -> str:
@@ -25,6 +32,16 @@ def printable(text: str) -> str:
 def one_line(error: BaseException | str) -> str:
     """A message without its line breaks and outer blanks."""
     return " ".join(str(error).split())
+
+
+def in_words(refusal: str) -> str:
+    """The numbers that a refusal of msgspec allows, in words; a refusal of anything else as it is."""
+    found = _REFUSAL.fullmatch(refusal)
+    if found is None:
+        return refusal
+    bound = f" {_BOUNDS[found['than']].format(float(found['bound']))}" if found["than"] else ""
+    place = f"; number {int(found['place']) + 1} is none of them" if found["place"] else ""
+    return f"allowed are {_KINDS[found['kind']]}{bound}{place}"
 
 
 def why(error: BaseException) -> str:

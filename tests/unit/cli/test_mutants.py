@@ -123,3 +123,9 @@ def test_mutants_command_prints_the_table_and_writes_its_findings(tmp_path: Path
     assert said["alarms"] == []
     assert docs.read_text().startswith("# Mutants\n\nmine\n")
     assert "| next-expert | ids | asked |" in docs.read_text()
+
+
+@pytest.mark.parametrize("text", ["abc", "nan", "inf", "0", "-1", "1.1", ""])
+def test_share_that_no_run_or_every_run_would_reach_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mutants", f"--share={text}"]) == 2
+    assert f"{text!r} is refused; allowed are shares above 0, up to 1" in capsys.readouterr().err
