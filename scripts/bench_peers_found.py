@@ -100,7 +100,7 @@ def vllm_triton(problem: Problem) -> Call:
 
 
 def vllm_deep_gemm(problem: Problem) -> Call:
-    """Return vLLM's DeepGEMM experts, which are told the routes of each expert beforehand."""
+    """Call of vLLM's DeepGEMM experts, which get the routes of each expert beforehand."""
     if problem.quantized is None:
         message = "vLLM's DeepGEMM experts are for float8"
         raise Absent(message)

@@ -107,7 +107,7 @@ class Recorder:
         writer.put(Taken(step, layer, count, room, self._settings.limit or dispatch.limit, done, hidden))
 
     def _take_hidden(self, sent: Hidden | None, tokens: int) -> Room | None:
-        """Enqueue the copies of the hidden states of so many tokens; None where there is no room, which is counted."""
+        """Enqueue the copies of the hidden states of `tokens` tokens; None where there is no room, which is counted."""
         if sent is None or not kind_of(sent) or len(sent[0]) != tokens:
             if not self._missed.tensors_unlike:
                 told = "unknown" if sent is None else f"{sent[0].dtype} with scales {getattr(sent[1], 'dtype', None)}"

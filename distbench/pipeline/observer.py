@@ -130,7 +130,7 @@ class Observer:
         self._wrong = self._settled = False
 
     def inspector(self, arm: str) -> ArmInspector:
-        """Return what inspects the passes of `arm`."""
+        """The inspector of the passes of `arm`."""
         return ArmInspector(self, arm)
 
     def looks(self, sub_batch: int) -> Looks:

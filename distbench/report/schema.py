@@ -65,7 +65,7 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
 class DifferingReport(msgspec.Struct, frozen=True, kw_only=True):
     """Map of where two arms differ: `cells` has a text for each block of tokens, with a digit for each of columns.
 
-    0 stands for no differing element, 1 to 8 for up to so many eighths of a cell's elements. A cell has
+    0 stands for no differing element, n from 1 to 8 for up to n eighths of a cell's elements. A cell has
     `tokens_per_cell` tokens of all ranks, in order, and `columns_per_cell` columns; the last ones may have fewer.
     """
 

@@ -124,7 +124,7 @@ class RecordedCall:
         return len(self._launches)
 
     def repeat(self, addresses: list[int], device: torch.device) -> None:
-        """Make the launches again, with other tensors at `addresses` in the place of those given."""
+        """Make the launches again, with other tensors at `addresses` instead of those given."""
         if self.scratch_bytes:
             space = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=device)  # kept until all are launched
             addresses.append(space.data_ptr())

@@ -131,7 +131,7 @@ def _starts(plan: ExactPlan, count: int, device: torch.device) -> _Starts:
 
 
 def _starts_of(rows: Tensor, count: int, height: int, width: int) -> Tensor:
-    """Return where `rows` [r] of `count` experts begin in flattened weights [e, height, width]: int64 [e, 1, r]."""
+    """Offsets of `rows` [r] of `count` experts in flattened weights [e, height, width]: int64 [e, 1, r]."""
     first = torch.arange(count, device=rows.device).view(-1, 1, 1) * height
     return (first + rows) * width
 

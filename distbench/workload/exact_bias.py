@@ -22,7 +22,7 @@ def gate_biases(plan: ExactPlan, seed: int, experts: Tensor) -> Tensor:
 
 
 def sum_biases(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what is added to up values of sum rows, int8 [e, S], and to sum columns in units of down_step gates."""
+    """Numbers that are added to up values of sum rows, int8 [e, S], and to sum columns in units of down_step gates."""
     ups = _thirds(seed, "bias/up", experts, plan.sum_rows) - 1
     outputs = _thirds(seed, "bias/down", experts, plan.sum_columns) - 1
     return ups.to(torch.int8), outputs.to(torch.int8)

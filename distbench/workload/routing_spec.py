@@ -60,7 +60,7 @@ class ExpertGroup(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What becomes of a token's k routed experts: slots on ranks, shared slots behind them, and ids of -1.
+    """The slots of a token's k routed experts: on ranks, shared slots behind them, and ids of -1.
 
     `group` has the routed experts and k. `experts` has the expert in each slot of routed experts, the same number of
     slots on each rank; empty where slot p holds expert p. Each rank holds `shared` experts more. Shares are of 1.

@@ -125,7 +125,7 @@ def _hidden_of(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_tensors(header: Header, step: int, layer: int, tokens: int) -> Tensors | None:
-    """The hidden states of a slice with so many tokens, mapped and checked; None where they were not recorded.
+    """The hidden states of a slice of `tokens` tokens, mapped and checked; None where they were not recorded.
 
     Raises:
         InvalidCase: they are not of the format, not finite, or of magnitudes that no layer dispatches.

@@ -97,7 +97,7 @@ def is_hopper(device: torch.device | None = None) -> bool:
 
 
 def layer_of(stage: int, weights: Tensor, config: KernelConfig, local: int) -> Layer:
-    """Return what a product's kernel is compiled for."""
+    """Constants for which a product's kernel is compiled."""
     tile = config.stage1 if stage == 1 else config.stage2
     _, height, width = weights.shape
     return Layer(

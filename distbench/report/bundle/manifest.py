@@ -93,7 +93,7 @@ def _write_table(folder: Path, case: Case) -> int:
 def _write_trace(folder: Path, case: Case) -> str | int:
     """Copy the case's step and layer of a recorded routing; return its digest, or its size where it is too large.
 
-    Recorded hidden states go with it where the case uses them, and then nobody else may enter the folder.
+    Recorded hidden states go with it where the case uses them, and then no other user may enter the folder.
     """
     named = trace_name(case.routing)
     if named is None:

@@ -237,7 +237,7 @@ def _counted(folder: str, names: list[str]) -> Iterator[str]:
     told = {
         "over_size": "beyond the size allowed",
         "behind": "while the writer was behind",
-        "in_graphs": "while a graph was captured, whose replays nobody sees",
+        "in_graphs": "while a graph was captured, whose replays are not seen",
         "too_late": "around violations that a rank heard of too late",
     }
     of_tensors = {

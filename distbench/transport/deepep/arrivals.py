@@ -47,7 +47,7 @@ class _Found(NamedTuple):
 
 
 def read_arrivals(rows: Tensor, counts: Tensor, tokens: Tensor, ranges: Tensor, routing: Routing) -> Arrivals:
-    """Return what DeepEP has received; waits for the device.
+    """The rows that DeepEP has received; waits for the device.
 
     rows bf16 [El, W * M, H], counts int32 [El], tokens int32 [El, W * M]: source tokens; ranges int64 [El, W]: the
     places of each source rank. An id stands in the slot that the routing gives it; one that the routing has not sent

@@ -34,7 +34,7 @@ class LowLatencyTransport(DeepEpTransport):
 
     Rows of one token are one row of the receive buffer; their copies have to be equal, else the row is poison. On the
     way back one of them, of the token's first slot on the rank, carries the sum over the rank's experts, and all others
-    are poison, which combine is told not to read.
+    are poison, which combine must not read.
     """
 
     def __init__(self, context: TransportContext, package: Package) -> None:

@@ -60,7 +60,7 @@ class Package:
 
         Raises:
             InvalidCase: NVSHMEM_QP_DEPTH is no whole number, or too small for a single token.
-            Unsupported: its queues are too short for so many tokens, or its kernels too coarse for the columns.
+            Unsupported: its queues are too short for `tokens`, or its kernels too coarse for the columns.
         """
         depth = whole(_DEPTH, os.environ.get(_DEPTH, str(_DEFAULT_DEPTH)), least=2 * _DEPTH_UNIT)
         if depth < _DEPTH_UNIT * (tokens + 1):

@@ -277,7 +277,7 @@ def _launch(case: Case, kernel: str, units: int | None) -> Launch:
 def _atom_launch(case: Case, kernel: str, units: int | None) -> Launch:
     """ATOM's launch: blocks by the kind of batch, never more than compute units.
 
-    ATOM gives warps in the place of MoRI's RDMA blocks, 16 or 4, so that warps stay those of the configuration. Within
+    ATOM gives warps instead of MoRI's RDMA blocks, 16 or 4, so that warps stay those of the configuration. Within
     a node RDMA blocks have no effect.
     """
     blocks, given = (128, 16) if case.mori_geometry == "atom-prefill" else (64, 4)

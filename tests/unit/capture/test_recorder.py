@@ -181,7 +181,7 @@ def test_a_dispatch_that_is_captured_into_a_graph_is_counted_and_allocates_nothi
     server.end()
     assert counts(tmp_path / "c")["in_graphs"] == LAYERS
     (note,) = read_capture(str(tmp_path / "c")).notes
-    assert note == f"{W * LAYERS} dispatches not recorded: while a graph was captured, whose replays nobody sees"
+    assert note == f"{W * LAYERS} dispatches not recorded: while a graph was captured, whose replays are not seen"
 
 
 @pytest.mark.parametrize("how", ["file in the way", "open to others", "earlier capture"])
