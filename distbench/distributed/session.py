@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.peers import find_neighbours
-from distbench.distributed.shared_memory import SharedMemory
+from distbench.distributed.shared_memory import SharedMemory, mapped_bytes
 from distbench.distributed.waits import collective, waiting
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.devices import runs_on_device
@@ -132,8 +132,9 @@ class Session:
         """A group with the memory that its ranks share, if they do. Collective."""
         everyones = partial(_table, members)
         with waiting("group creation"):
-            found = find_neighbours(self.rank, everyones, self._timeout_s, willing=self._sharing)
-        return _Group(members, found and SharedMemory(found))
+            size = mapped_bytes(dist.get_world_size(members))
+            found = find_neighbours(self.rank, everyones, size, willing=self._sharing)
+        return _Group(members, found and SharedMemory(found, self._timeout_s))
 
     def _wait_for(self, call: str) -> None:
         """Wait without a time limit. Polls: whenever the store's own wait times out, torch prints a warning."""

@@ -1,14 +1,15 @@
-"""Rows between ranks of one host: each writes its rows to a memory file, sends the offsets, and reads the others'.
+"""Rows between ranks of one host: each writes its rows to a memory file and raises an event, and reads the others'.
 
 gloo's all-to-all has two threads of each rank pass every message through the kernel's network, a fifth of a tiny case's
-time. Here a message is a few words, and rows are copied twice; few rows travel in the message itself. Sockets, not
-flags in shared memory, signal that rows are ready: no rank spins where ranks outnumber cores, the kernel orders writes
-before reads, and a dead peer shows as a closed connection.
+time. Here an exchange takes a rank one system call to send, and one for each peer whose rows are there. Eventfds, not
+flags in shared memory, signal that rows are ready: no rank spins where ranks outnumber cores, and the kernel orders
+writes before reads. A dead peer shows as a closed connection.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,13 +23,17 @@ from distbench.distributed.peers import Neighbours, Peer
 from distbench.distributed.waits import collective, waiting
 from distbench.utils.tensor_memory import memory_of
 
-_WORD = struct.Struct("<qqq")
+# Of the rows for one peer: number of the exchange, offset in the file, bytes.
+_HEADER = struct.Struct("<qqq")
 # Consecutive gathers that only rank 0 waits for: data for the other ranks is kept for this long.
 _GATHERS_AHEAD = 3
+# The beginning of each file is mapped by all ranks. Exchanges take its slots in turn: a header for each rank, then the
+# rows, if they fit. A rank that begins an exchange knows that all have read the one as many before.
+_SLOTS = _GATHERS_AHEAD + 2
+_SLOT_ROWS = 64 << 10
+# Event of a gather that only rank 0 waits for; exchanges of all take events 0 and 1 in turn.
+_GATHER = 2
 _EXCHANGE = "exchange in shared memory"
-# Bytes for one peer that travel in the message. Those of the messages that a peer may leave unread, two exchanges and
-# the gathers between them, have to fit a socket's buffer (208 KiB by Linux's default).
-_IN_MESSAGE = 8 << 10
 
 Span = tuple[int, int]
 """Offset and number of bytes."""
@@ -42,21 +47,32 @@ class _Laid(NamedTuple):
     call: int
 
 
+def mapped_bytes(ranks: int) -> int:
+    """Bytes at the beginning of each rank's file that all ranks of a group map."""
+    return _SLOTS * _slot_bytes(ranks)
+
+
 class SharedMemory:
     """`Exchange` through shared memory, with all-gather and gather of small tensors between ranks.
 
-    Every rank sends a message to every other in each exchange, even without rows for it. A rank that has finished an
-    exchange therefore knows that all ranks have finished the previous ones, and may overwrite its data of those. Only
-    rank 0 waits for a gather, a few in a row: tiny cases end with two.
+    Every rank signals every other in each exchange, even without rows for it. A rank that has finished an exchange
+    therefore knows that all ranks have finished the previous ones, and may overwrite its data of those. A signal adds
+    one for each peer to an eventfd of the sender, from which each takes one. Two eventfds in turn suffice: none is
+    raised again before all have taken from it. Only rank 0 waits for a gather, a few in a row: tiny cases end with two.
     """
 
     name = "shared_memory"
 
-    def __init__(self, neighbours: Neighbours) -> None:
-        self._rank, self._file, self._peers = neighbours
+    def __init__(self, neighbours: Neighbours, timeout_s: float) -> None:
+        """A wait for a peer times out after `timeout_s`."""
+        self._rank, self._file, self._events, self._memory, self._peers = neighbours
         self._size = len(self._peers) + 1
+        self._slot_bytes, self._behind = _slot_bytes(self._size), mapped_bytes(self._size)
+        self._timeout_ms = (int(timeout_s) + 1) * 1000
         self._calls = 0
         self._gathers = 0
+        self._turn = 0
+        self._waited_for = 0
         self._laid: list[_Laid] = []
 
     def start(
@@ -93,8 +109,11 @@ class SharedMemory:
         together = self._gathers == _GATHERS_AHEAD
         self._gathers = 0 if together else self._gathers + 1
         count = self._size if self._rank == 0 else 0
-        waited_for = self._peers if together else [peer for peer in self._peers if peer.rank == 0]
-        self._lay(memory_of(mine), [(0, mine.nbytes)] + [(0, 0)] * (self._size - 1), waited_for)
+        spans = [(0, mine.nbytes)] + [(0, 0)] * (self._size - 1)
+        if together:
+            self._lay(memory_of(mine), spans)
+        else:
+            self._lay(memory_of(mine), spans, [peer for peer in self._peers if peer.rank == 0], _GATHER)
         return self._collected(mine, count) if count or together else mine.new_empty(0, *mine.shape)
 
     def take(self, incoming: Tensor, spans: Sequence[Span]) -> None:
@@ -102,21 +121,25 @@ class SharedMemory:
         self._take(memory_of(incoming), spans)
 
     def _take(self, content: memoryview, spans: Sequence[Span]) -> None:
+        event, header, behind = self._waited_for, self._header_of(self._calls), self._behind
         with waiting(_EXCHANGE):
             for peer in self._peers:
                 start, length = spans[peer.rank]
-                in_message = length <= _IN_MESSAGE
-                word = self._hear(peer, length if in_message else 0)
-                call, offset, laid = _WORD.unpack_from(word)
-                if (call, laid) != (self._calls, length):
-                    self._refuse(peer, call, laid, length)
+                try:
+                    os.eventfd_read(peer.events[event])
+                except BlockingIOError:
+                    self._wait(peer, event, length)
+                call, offset, laid = _HEADER.unpack_from(peer.memory, header)
+                if call != self._calls or laid != length:
+                    self._refuse(peer, length)
                 if not length:
                     continue
-                if in_message:
-                    content[start : start + length] = memoryview(word)[_WORD.size :]
+                if offset < behind:
+                    content[start : start + length] = peer.memory[offset : offset + length]
                 else:
                     _read(peer.file, content[start : start + length], offset)
-        self._laid = [one for one in self._laid if one.call == self._calls]
+        if self._laid:
+            self._laid = [one for one in self._laid if one.call == self._calls]
 
     def _collected(self, mine: Tensor, count: int) -> Tensor:
         everyone = mine.new_empty(count, *mine.shape)
@@ -126,46 +149,80 @@ class SharedMemory:
         self.take(everyone, [(rank * size, size) for rank in range(self._size)])
         return everyone
 
-    def _lay(self, content: memoryview, spans: Sequence[Span], listeners: Sequence[Peer] | None = None) -> None:
-        """Send each peer, or `listeners`, its span of the bytes.
+    def _lay(
+        self,
+        content: memoryview,
+        spans: Sequence[Span],
+        listeners: Sequence[Peer] | None = None,
+        event: int | None = None,
+    ) -> None:
+        """Write the bytes where no peer may still be reading, and tell each peer, or `listeners`, its span.
 
-        Where one is long, all bytes are written to a region that no peer may still be reading.
+        `event` is that of the signal; None for the next of an exchange of all ranks.
         """
         self._calls += 1
         collective(_EXCHANGE)
+        if event is None:
+            event = self._turn = 1 - self._turn
+        self._waited_for = event
         listeners = self._peers if listeners is None else listeners
-        begin = 0
-        if any(spans[peer.rank][1] > _IN_MESSAGE for peer in listeners):
-            begin = self._room_for(len(content))
+        if not listeners:
+            return
+        slot = self._calls % _SLOTS * self._slot_bytes
+        begin, size = slot + self._size * _HEADER.size, len(content)
+        if size <= _SLOT_ROWS:
+            self._memory[begin : begin + size] = content
+        else:
+            begin = self._room_for(size)
             _write(self._file, content, begin)
-            self._laid.append(_Laid(begin, begin + len(content), self._calls))
+            self._laid.append(_Laid(begin, begin + size, self._calls))
         for peer in listeners:
             start, length = spans[peer.rank]
-            word = _WORD.pack(self._calls, begin + start, length)
-            peer.line.send(word + content[start : start + length] if 0 < length <= _IN_MESSAGE else word)
+            _HEADER.pack_into(self._memory, slot + peer.rank * _HEADER.size, self._calls, begin + start, length)
+        os.eventfd_write(self._events[event], len(listeners))
 
     def _room_for(self, size: int) -> int:
-        """Return the first offset with a free region of `size` bytes."""
-        begin = 0
+        """Return the first offset behind the slots with a free region of `size` bytes."""
+        begin = self._behind
         for one in sorted(self._laid):
             if begin + size <= one.start:
                 break
             begin = one.stop
         return begin
 
-    def _hear(self, peer: Peer, length: int) -> bytes:
-        """Wait for a peer's message with `length` bytes of rows, and return it."""
+    def _header_of(self, call: int) -> int:
+        """Offset of a peer's header for this rank."""
+        return call % _SLOTS * self._slot_bytes + self._rank * _HEADER.size
+
+    def _wait(self, peer: Peer, event: int, length: int) -> None:
+        """Wait for a peer's signal for `length` bytes, and take from it.
+
+        Raises:
+            ConnectionResetError: the peer has ended.
+            TimeoutError: the time of a wait is over.
+            RuntimeError: the peer is in an exchange of all ranks, where this rank waits for a gather.
+        """
+        poll = select.poll()
+        poll.register(peer.events[event], select.POLLIN)
+        poll.register(peer.line, select.POLLIN)
+        if event == _GATHER:
+            poll.register(peer.events[1 - self._turn], select.POLLIN)
+        ready = [file for file, _ in poll.poll(self._timeout_ms)]
         try:
-            word = peer.line.recv(_WORD.size + length)
+            os.eventfd_read(peer.events[event])
         except BlockingIOError as error:
+            if peer.line.fileno() in ready:
+                message = f"rank {peer.rank}: connection closed by peer"
+                raise ConnectionResetError(message) from error
+            if ready:
+                self._refuse(peer, length)
             message = f"rank {peer.rank} sent nothing for exchange {self._calls}: timed out"
             raise TimeoutError(message) from error
-        if not word:
-            message = f"rank {peer.rank}: connection closed by peer"
-            raise ConnectionResetError(message)
-        return word
 
-    def _refuse(self, peer: Peer, call: int, laid: int, length: int) -> NoReturn:
+    def _refuse(self, peer: Peer, length: int) -> NoReturn:
+        """Refuse the peer's last exchange where this rank expects `length` bytes."""
+        headers = [_HEADER.unpack_from(peer.memory, self._header_of(call)) for call in range(_SLOTS)]
+        call, _, laid = max(headers)
         message = (
             f"rank {peer.rank} sends {laid} bytes in exchange {call}, this rank expects {length} in exchange "
             f"{self._calls}: the two do not run the same case"
@@ -182,6 +239,10 @@ class _Arriving:
     def wait(self) -> None:
         """See `Underway.wait`."""
         self._memory.take(self._incoming, self._spans)
+
+
+def _slot_bytes(ranks: int) -> int:
+    return ranks * _HEADER.size + _SLOT_ROWS
 
 
 @lru_cache(maxsize=64)

@@ -30,9 +30,10 @@ _AGENT_PAGES, _RANK_PAGES = 16, 4
 _NCCL_BYTES, _NCCL_CHANNELS = 9_637_888, 2
 
 # The supervisor's files: node 0's also hold the store to which all ranks connect, and a connection to each other node.
-# And those of a rank: a socket to each other rank, and for ranks of its node queues, another socket and a file.
+# And those of a rank: a socket to each other rank, and for ranks of its node queues, another socket, a file, which is
+# open twice where it is mapped, and three events.
 _AGENT_FILES, _FILES_FOR_RANK, _FILES_FOR_FAR_RANK = 32, 7, 2
-_RANK_FILES = 32
+_RANK_FILES = 24
 _MOST_LOCAL_RANKS = 124
 
 
@@ -84,7 +85,7 @@ def allow_open_files(local_ranks: int, ranks: int, limits: tuple[int, int] | Non
         raise Unsupported(message)
     elsewhere = ranks - local_ranks
     agent = _AGENT_FILES + _FILES_FOR_RANK * local_ranks + _FILES_FOR_FAR_RANK * elsewhere
-    needed = max(agent, _RANK_FILES + 4 * local_ranks + ranks)
+    needed = max(agent, _RANK_FILES + 8 * local_ranks + ranks)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE) if limits is None else limits
     if _allows(soft, needed):
         return

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distbench.distributed import peers, shared_memory
 from distbench.distributed.peers import Everyones, Neighbours, find_neighbours
-from distbench.distributed.shared_memory import SharedMemory
+from distbench.distributed.shared_memory import SharedMemory, mapped_bytes
 
 TIMEOUT_S = 20.0
 Result = TypeVar("Result")
@@ -48,21 +48,22 @@ def together(ranks: int, work: Callable[[int], Result]) -> list[Result]:
         return list(pool.map(work, range(ranks)))
 
 
-def found(ranks: int, timeout_s: float = TIMEOUT_S) -> list[Neighbours | None]:
-    table = Table(ranks)
-    return together(ranks, lambda rank: find_neighbours(rank, table.of(rank), timeout_s))
+def found(ranks: int) -> list[Neighbours | None]:
+    table, size = Table(ranks), mapped_bytes(ranks)
+    return together(ranks, lambda rank: find_neighbours(rank, table.of(rank), size))
 
 
 @contextlib.contextmanager
 def memories(ranks: int, timeout_s: float = TIMEOUT_S) -> Iterator[list[SharedMemory]]:
-    connected = [one for one in found(ranks, timeout_s) if one is not None]
+    connected = [one for one in found(ranks) if one is not None]
     assert len(connected) == ranks
-    yield [SharedMemory(one) for one in connected]
+    yield [SharedMemory(one, timeout_s) for one in connected]
     for one in connected:
-        with contextlib.suppress(OSError):
-            os.close(one.file)
+        for file in (one.file, *one.events):
+            os.close(file)
         for peer in one.peers:
-            os.close(peer.file)
+            for file in (peer.file, *peer.events):
+                os.close(file)
             peer.line.close()
 
 
@@ -133,34 +134,32 @@ def test_every_row_arrives_if_any_rank_is_late(ranks: int, monkeypatch: pytest.M
         read(file, place, start)
 
     monkeypatch.setattr(shared_memory, "_read", slow)
-    monkeypatch.setattr(shared_memory, "_IN_MESSAGE", 100)  # short rows and long ones, to one rank and to another
+    monkeypatch.setattr(shared_memory, "_SLOT_ROWS", 400)  # exchanges of few rows and of many
     with memories(ranks) as joined:
         assert together(ranks, lambda rank: awkward(joined[rank], rank, ranks, 60)) == [[]] * ranks
 
 
 def test_shared_memory_is_reused_between_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "_IN_MESSAGE", 0)
+    monkeypatch.setattr(shared_memory, "_SLOT_ROWS", 0)
     with memories(2) as joined:
         together(2, lambda rank: awkward(joined[rank], rank, 2, 120))
         largest = max(sum(counts_of(2, turn)[0]) * 8 * (1 + turn % 5) for turn in range(120))
-        assert os.fstat(joined[0]._file).st_size <= 3 * largest  # noqa: SLF001 - see above
+        assert os.fstat(joined[0]._file).st_size <= mapped_bytes(2) + 3 * largest  # noqa: SLF001 - see above
 
 
 def test_shared_memory_does_not_grow_over_consecutive_gathers() -> None:
-    block = torch.zeros(shared_memory._IN_MESSAGE + 1, dtype=torch.uint8)  # noqa: SLF001 - rows too long for a message
+    block = torch.zeros(shared_memory._SLOT_ROWS + 1, dtype=torch.uint8)  # noqa: SLF001 - rows that fit no slot
     with memories(2) as joined:
         together(2, lambda rank: [joined[rank].gathered(block) for _ in range(50)])
-        assert os.fstat(joined[1]._file).st_size <= 8 * block.nbytes  # noqa: SLF001 - see above
+        assert os.fstat(joined[1]._file).st_size <= mapped_bytes(2) + 8 * block.nbytes  # noqa: SLF001 - see above
 
 
-@pytest.mark.parametrize(
-    ("ends", "told"), [(socket.SHUT_WR, "rank 2: connection closed by peer"), (socket.SHUT_RDWR, "Broken pipe")]
-)
-def test_rank_that_waits_for_a_lost_peer_raises_an_error_that_names_it(ends: int, told: str) -> None:
+@pytest.mark.parametrize("ends", [socket.SHUT_WR, socket.SHUT_RDWR])
+def test_rank_that_waits_for_a_lost_peer_raises_an_error_that_names_it(ends: int) -> None:
     with memories(3) as joined:
         for peer in joined[2]._peers:  # noqa: SLF001 - as the end of a process does
             peer.line.shutdown(ends)
-        with pytest.raises(OSError, match=told):
+        with pytest.raises(OSError, match="rank 2: connection closed by peer"):
             together(2, lambda rank: exchanged(joined[rank], rank, counts_of(3, 0), 0))
 
 
@@ -181,6 +180,15 @@ def test_mismatched_byte_counts_of_an_exchange_are_refused() -> None:
             take_of_rank_1(joined[0], 2)
 
 
+def test_peer_that_exchanges_with_all_while_rank_0_gathers_is_refused() -> None:
+    with memories(2) as joined:
+        lay_for_rank_0(joined[1], 3)
+        with pytest.raises(
+            RuntimeError, match="rank 1 sends 24 bytes in exchange 1, this rank expects 8 in exchange 1"
+        ):
+            joined[0].gathered(torch.zeros(8, dtype=torch.uint8))
+
+
 def test_peer_at_another_exchange_number_is_refused() -> None:
     with memories(2) as joined:
         joined[1]._calls = 4  # noqa: SLF001 - a fault that no public call can cause
@@ -191,12 +199,14 @@ def test_peer_at_another_exchange_number_is_refused() -> None:
             take_of_rank_1(joined[0], 3)
 
 
-def test_truncated_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "_IN_MESSAGE", 0)
+def test_rows_that_are_not_in_the_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_write", lambda *_: None)  # a fault that no public call can cause
+    monkeypatch.setattr(shared_memory, "_SLOT_ROWS", 0)
     with memories(2) as joined:
         lay_for_rank_0(joined[1], 3)
-        os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - a fault that no public call can cause
-        with pytest.raises(RuntimeError, match="shared memory: 14 bytes at 10 are not there"):
+        with pytest.raises(PermissionError):
+            os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - it would end the ranks that map the file
+        with pytest.raises(RuntimeError, match="shared memory: 24 bytes at 240 are not there"):
             take_of_rank_1(joined[0], 3)
 
 
@@ -208,31 +218,31 @@ def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch)
     assert _open_files() == before
 
 
-@pytest.mark.parametrize("missing", ["memfd_create", "socket"])
+@pytest.mark.parametrize("missing", ["memfd_create", "eventfd", "socket"])
 def test_no_rank_shares_memory_if_one_cannot(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, turns = peers._open_door, iter(range(3))  # noqa: SLF001 - one rank of three fails in it
 
-    def open_door(stack: contextlib.ExitStack) -> Any:
+    def open_door(stack: contextlib.ExitStack, size: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             if next(turns) == 1:
                 patch.setattr(socket if missing == "socket" else os, missing, _refused)
-            return opened(stack)
+            return opened(stack, size)
 
     table, order = Table(3), threading.Lock()
 
-    def one_at_a_time(stack: contextlib.ExitStack) -> Any:
+    def one_at_a_time(stack: contextlib.ExitStack, size: int) -> Any:
         with order:
-            return open_door(stack)
+            return open_door(stack, size)
 
     monkeypatch.setattr(peers, "_open_door", one_at_a_time)
     before = _open_files()
-    assert together(3, lambda rank: find_neighbours(rank, table.of(rank), TIMEOUT_S)) == [None] * 3
+    assert together(3, lambda rank: find_neighbours(rank, table.of(rank), mapped_bytes(3))) == [None] * 3
     assert _open_files() == before
 
 
 def test_no_rank_shares_memory_if_one_declines() -> None:
     table, before = Table(3), _open_files()
-    found_by = together(3, lambda rank: find_neighbours(rank, table.of(rank), TIMEOUT_S, willing=rank != 1))
+    found_by = together(3, lambda rank: find_neighbours(rank, table.of(rank), mapped_bytes(3), willing=rank != 1))
     assert found_by == [None] * 3
     assert _open_files() == before
 
