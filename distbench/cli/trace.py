@@ -40,23 +40,31 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--out", metavar="FILE", default="", help="the trace to write, .safetensors")
     command.add_argument(
-        "--ep-size", type=whole(1, MOST_RANKS), default=8, metavar="RANKS", help="(default: %(default)s)"
+        "--ep-size", type=whole(1, MOST_RANKS), default=8, metavar="RANKS", help="ranks (default: %(default)s)"
     )
     command.add_argument(
         "--no-tensors", action="store_true", help="leave out the hidden states that a capture has, which are users'"
     )
     command.add_argument("--num-experts", type=whole(1, _MOST_EXPERTS), metavar="N", help="routed experts")
     synthetic = command.group("synth", "tokens by a kind of routing")
-    synthetic.add_argument("--topk", type=whole(1, 64), default=8, metavar="K", help="(default: %(default)s)")
     synthetic.add_argument(
-        "--tokens", type=whole(1), default=16, metavar="N", help="of each rank (default: %(default)s)"
+        "--topk", type=whole(1, 64), default=8, metavar="K", help="experts of a token (default: %(default)s)"
     )
-    synthetic.add_argument("--routing", default="uniform", metavar="PATTERN", help="(default: %(default)s)")
-    synthetic.add_argument("--steps", type=whole(1, _MOST_STEPS), default=1, metavar="N", help="(default: %(default)s)")
     synthetic.add_argument(
-        "--layers", type=whole(1, _MOST_LAYERS), default=1, metavar="N", help="(default: %(default)s)"
+        "--tokens", type=whole(1), default=16, metavar="N", help="tokens of each rank (default: %(default)s)"
     )
-    synthetic.add_argument("--seed", type=whole(0, 1 << 40), default=0, metavar="N", help="(default: %(default)s)")
+    synthetic.add_argument(
+        "--routing", default="uniform", metavar="PATTERN", help="kind, as in run (default: %(default)s)"
+    )
+    synthetic.add_argument(
+        "--steps", type=whole(1, _MOST_STEPS), default=1, metavar="N", help="steps (default: %(default)s)"
+    )
+    synthetic.add_argument(
+        "--layers", type=whole(1, _MOST_LAYERS), default=1, metavar="N", help="layers (default: %(default)s)"
+    )
+    synthetic.add_argument(
+        "--seed", type=whole(0, 1 << 40), default=0, metavar="N", help="seed of the draw (default: %(default)s)"
+    )
 
 
 def _trace(options: argparse.Namespace) -> int:

@@ -54,6 +54,7 @@ def test_help_of_a_command_fits_80_columns_and_50_lines_and_names_every_flag(
     flags = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", full, re.MULTILINE))
     assert flags
     assert flags <= set(re.findall(r"--[\w-]+", short))
+    assert not re.findall(r"^  .*--[\w-]+.* {2,}\(default: .*\)$", full, re.MULTILINE), "a default alone is no help"
 
 
 def test_help_of_a_word_shows_a_group_or_the_options_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:
