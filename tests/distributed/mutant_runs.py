@@ -75,7 +75,11 @@ def _made(
         fault._patched = fault._patched_steps()
         transport, experts, cut = injector.transport, injector.experts, injector.around(padded)
     seen = _Rows()
-    tokens = run_layer(parts.batch, parts.weights, transport, experts, cut, seen, lambda _: None)
+    given = parts.weights
+    own = given._replace(
+        w1=given.w1.clone(), w2=given.w2.clone(), mask=given.mask.clone()
+    )  # some mutants write to them
+    tokens = run_layer(parts.batch, own, transport, experts, cut, seen, lambda _: None)
     transport.close()
     return seen.rows, tokens.clone()
 

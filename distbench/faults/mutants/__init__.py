@@ -7,6 +7,7 @@ from distbench.faults.mutants.arguments import ARGUMENTS
 from distbench.faults.mutants.corpus import Mutant
 from distbench.faults.mutants.coverage import K_COVERAGE, N_COVERAGE
 from distbench.faults.mutants.numbers import PRECISION, ROUNDING
+from distbench.faults.mutants.overwritten import OVERWRITTEN
 from distbench.faults.mutants.routing import IDS, WEIGHTS
 from distbench.faults.mutants.rows import ORDER, TAILS, TILES
 from distbench.faults.mutants.scales import SCALES
@@ -26,6 +27,7 @@ CLASSES = (
     PRECISION,
     ROUNDING,
     STALE,
+    OVERWRITTEN,
     COMBINE,
     DISPATCH,
     CUT,

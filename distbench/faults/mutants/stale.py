@@ -145,8 +145,7 @@ def a_column_of_the_row_before(site: Site, intermediate: Tensor) -> Tensor:
 
 @_stale(
     "combined",
-    unseen="all passes of a case send the same tokens, so the data of the last pass is right; buffers that a transport "
-    "owns are poisoned between passes, and graphs are replayed with other tokens",
+    unseen="in truncated alone no pass is before it; where all arms have it, no two in a row send the same tokens",
 )
 def tokens_of_the_last_pass(site: Site, tokens: Tensor) -> Tensor:
     """The first token is that of the pass before, with the same tokens."""
