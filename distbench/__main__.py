@@ -1,11 +1,13 @@
 """`python -m distbench`, and the entry point of the `distbench` command.
 
 Signal handlers are installed before any other import, since imports take longer than a keystroke. A rank that torchrun
-started exits on signals without a message, as torchrun expects.
+started exits on signals without a message, as torchrun expects. It leaves without the interpreter's clean-up, as ranks
+of the fork server do: threads of gloo that are still there abort it now and then, and fail a job that passed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -31,6 +33,11 @@ def main() -> None:
     except Exception:  # noqa: BLE001 - Python's own exit code, 1, would say that a result is wrong
         sys.excepthook(*sys.exc_info())
         code = CRASHED
+    if started_by_torchrun:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

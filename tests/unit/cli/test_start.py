@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -61,3 +62,24 @@ def test_module_that_a_command_loads_is_seen(module: str) -> None:
         [sys.executable, "-c", script, '[["--help"]]'], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert module in json.loads(done.stdout)[1]
+
+
+_ABORTED = """
+import atexit, os, sys
+from distbench.__main__ import main
+atexit.register(os.abort)
+sys.argv = ["distbench", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("command", "exit_code"), [("presets", 0), ("nothing", 2)])
+def test_rank_of_torchrun_exits_with_its_code_whatever_the_interpreters_clean_up_does(
+    command: str, exit_code: int
+) -> None:
+    environ = os.environ | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
+    asked = [sys.executable, "-c", _ABORTED, command]
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
+    assert done.returncode == exit_code
+    assert "tiny" in done.stdout or exit_code == 2
+    assert done.stderr.count("\n") == (1 if exit_code else 0)

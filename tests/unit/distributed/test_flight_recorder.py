@@ -84,12 +84,16 @@ def test_no_rank_is_late_if_all_recordings_are_equal(states: tuple[str, ...]) ->
     assert late_ranks({rank: of(*states) for rank in range(3)}) is None
 
 
+# Without a clean-up of the interpreter, in which threads of gloo may abort it.
 _BY_GLOO = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 dist.all_reduce(torch.ones(2))
+dist.destroy_process_group()  # joins gloo's threads, which retire what has completed
 dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", lambda **_: b"none")
 sys.stdout.buffer.write(dump(includeCollectives=True, onlyActive=False))
+sys.stdout.flush()
+os._exit(0)
 """
 
 
