@@ -23,7 +23,7 @@ from distbench.utils.text import one_line
 
 # glibc keeps memory freed by a case, up to 64 MiB, for the next one, so that no rank is delayed by page faults. A
 # user's own settings stay. Huge pages (glibc.malloc.hugetlb) would cost each launch a second.
-_RANKS_ENVIRON = {
+RANKS_ENVIRON = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
@@ -46,7 +46,7 @@ def preload_ranks() -> None:
     if find_spec("torch") is None:
         message = "No module named 'torch'"
         raise ModuleNotFoundError(message, name="torch")
-    for name, value in _RANKS_ENVIRON.items():
+    for name, value in RANKS_ENVIRON.items():
         os.environ.setdefault(name, value)
     multiprocessing.set_forkserver_preload(["distbench.launcher.preload"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tests.end_to_end.prestarted import Command
+from tests.end_to_end.prestarted import SERVER, Command
 
 ROOT = Path(__file__).parents[2]
 SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
@@ -165,8 +165,26 @@ class Bench(Outcome):
     def left(self) -> list[int]:
         """Living processes started by this bench, directly or indirectly."""
         marker = f"{_MARKER}={self._marker}".encode()
-        found = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if marker in _environ(folder)]
-        return found if self.process.poll() is not None else [self.process.pid, *found]
+        found = {int(path.name) for path in Path("/proc").glob("[0-9]*") if marker in _environ(path)}
+        found.update(self._forks())
+        return sorted(found if self.process.poll() is not None else found | {self.process.pid})
+
+    def fork_servers(self) -> list[int]:
+        """The fork server, once the command has forked it; else nothing."""
+        forks = self._forks().items()
+        return [pid for pid, (name, parent) in forks if name.endswith(SERVER) and parent == self.process.pid]
+
+    def _forks(self) -> dict[int, tuple[str, int]]:
+        """Names and parents of the living forks of the command, whose names begin with its own, by process id."""
+        found: dict[int, tuple[str, int]] = {}
+        if not isinstance(self.process, Command):
+            return found
+        for path in Path("/proc").glob("[0-9]*"):
+            name, _, values = _text(path / "stat").partition("(")[2].rpartition(")")
+            if name.startswith(self.process.name):
+                state, parent, *_ = values.split()
+                found |= {int(path.name): (name, int(parent))} if state != "Z" else {}
+        return found
 
     def gone(self) -> bool:
         """Return whether no process is left."""
@@ -208,6 +226,11 @@ def shared_memory() -> set[Path]:
     lines = [line for path in Path("/proc").glob("[0-9]*/maps") for line in _text(path).splitlines()]
     mapped = {int(line.split()[4]) for line in lines if str(_SHARED_MEMORY) in line}
     return {path for path, inode in there.items() if inode not in mapped and path.exists()}
+
+
+def command_line(pid: int) -> str:
+    """Program and arguments of a process, each ended by NUL; empty where it has ended."""
+    return _text(Path(f"/proc/{pid}/cmdline"))
 
 
 def _text(path: Path) -> str:

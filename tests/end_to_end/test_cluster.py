@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_met
 from distbench.cli.main import main
 from distbench.report.export import FILES
 from distbench.tools.cluster import group_runs, processes
-from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, slowed, wait_until, write_suite
+from tests.end_to_end.launches import ROOT, SOAK, Bench, command_line, faulty, slowed, wait_until, write_suite
 
 FAKE = json.dumps([sys.executable, str(ROOT / "tests" / "fake_node.py"), "{host}"])
 
@@ -245,7 +245,7 @@ def test_ranks_on_other_nodes_end_when_the_cluster_command_is_killed(tmp_path: P
         assert wait_until(lambda: results.exists() and results.read_bytes().count(b"\n") > 1, 60)
         bench.process.kill()
         for pid in bench.left() if launchers_too else ():
-            if b"far_node.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if "far_node.py" in command_line(pid):
                 os.kill(pid, signal.SIGKILL)
         assert wait_until(bench.gone, 20)
 

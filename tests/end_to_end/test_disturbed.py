@@ -16,7 +16,7 @@ import pytest
 
 from distbench.distributed.heartbeat import read_position
 from distbench.launcher.job import heartbeat_path
-from tests.end_to_end.launches import SOAK, Bench, slowed, wait_until, write_suite
+from tests.end_to_end.launches import SOAK, Bench, command_line, slowed, wait_until, write_suite
 
 RANKS, CASES = 2, 60
 LIMIT_S = 2.0
@@ -25,15 +25,17 @@ PROCESSES = (*HELPERS, *(f"rank {rank}" for rank in range(RANKS)))
 
 
 def process(bench: Bench, name: str) -> int:
-    """Process id within a bench: a helper by its command line, a rank by its heartbeat."""
+    """Process id within a bench: a rank by its heartbeat, a helper by its parent or its command line."""
     if name.startswith("rank "):
         position = read_position(heartbeat_path(bench.out, int(name.split()[1])))
         assert position is not None
         return position.pid
-    module = {"fork server": b"multiprocessing.forkserver", "resource tracker": b"multiprocessing.resource_tracker"}
-    ranks = {at.pid for rank in range(RANKS) if (at := read_position(heartbeat_path(bench.out, rank))) is not None}
-    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in bench.left() if pid not in ranks}
-    return min(pid for pid, line in lines.items() if module[name] in line)
+    (found,) = bench.fork_servers() if name == "fork server" else filter(_is_tracker, bench.left())
+    return found
+
+
+def _is_tracker(pid: int) -> bool:
+    return "multiprocessing.resource_tracker" in command_line(pid)
 
 
 def suite_under_way(tmp_path: Path, cases: int = CASES, limit_s: float = 0.0) -> Bench:
@@ -56,16 +58,9 @@ def test_suite_whose_helper_process_is_stopped_completes(tmp_path: Path, name: s
 def test_suite_whose_fork_server_is_stopped_before_the_first_rank_completes(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(3), timeout=LIMIT_S * slowed())
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}") as bench:
-        assert wait_until(lambda: any(_is_server(pid) for pid in bench.left()), 60)
+        assert wait_until(lambda: bool(bench.fork_servers()), 60)
         os.kill(process(bench, "fork server"), signal.SIGSTOP)
         assert bench.finish(60) == 0
-
-
-def _is_server(pid: int) -> bool:
-    try:
-        return b"multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

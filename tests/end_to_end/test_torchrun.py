@@ -15,18 +15,21 @@ from distbench.distributed.heartbeat import read_position
 from distbench.launcher.job import clear_ranks, failure_path, heartbeat_path, stack_path
 from distbench.launcher.locks import hold
 from tests.end_to_end.launches import SOAK, TINY, Torchrun, TorchrunOfThree, faulty, slowed, wait_until
+from tests.end_to_end.prestarted import FRESH_RANKS
 from tests.slim_wheel import vllm_wheel
 
 TIMEOUT_S = 2
 """Limit of a stage on an idle machine; one rank may take so much longer than another to load torch."""
 PAUSES_S = 6
+LONG = "--timeout=80000"
+"""Limit of a stage beyond the one of a test: ranks that waited for it would not end in time."""
 
 
-def torchrun(out: Path, *arguments: str, **environ: str) -> Torchrun:
-    """Run one case of the tiny layer to its end, on two ranks."""
+def torchrun(out: Path, exit_code: int, *arguments: str, **environ: str) -> Torchrun:
+    """Run one case of the tiny layer to its end, on two ranks; with another exit code the test prints what was said."""
     bench = Torchrun(out, "run", "--model=tiny", *arguments, **environ)
     with bench:
-        bench.finish()
+        assert bench.finish() == exit_code
     return bench
 
 
@@ -43,8 +46,7 @@ def said(bench: Torchrun) -> list[str]:
 
 def test_only_rank_0_prints_and_all_ranks_exit_with_one_code_under_torchrun(tmp_path: Path) -> None:
     caller = ("--profile=vllm", "--emulate", f"--caller-wheel={vllm_wheel(tmp_path)}")
-    done = torchrun(tmp_path / "out", "--tokens=0,5", *caller, ATOM_X="1")
-    assert done.finish() == 0
+    done = torchrun(tmp_path / "out", 0, "--tokens=0,5", *caller, ATOM_X="1", **{FRESH_RANKS: "1"})
     assert done.stdout.count("PASS (emulated") == 1
     assert (done.stdout + done.stderr).count("set and not used by this case: ATOM_X=1") == 1
     assert done.report["verdict"] == "PASS"
@@ -52,31 +54,26 @@ def test_only_rank_0_prints_and_all_ranks_exit_with_one_code_under_torchrun(tmp_
 
 
 def test_wrong_result_fails_the_torchrun_job(tmp_path: Path) -> None:
-    done = torchrun(tmp_path / "out", "--limit=max-recv-1")
-    assert done.finish() == 1
+    done = torchrun(tmp_path / "out", 1, "--limit=max-recv-1")
     assert done.stdout.count("UNDER_LIMIT (emulated") == 1
 
 
 def test_exception_on_one_rank_ends_all_ranks_and_is_printed_once(tmp_path: Path) -> None:
     fired = tmp_path / "fired"
-    done = torchrun(tmp_path / "out", **faulty("1:0:control/experts:raise", once=fired))
-    assert time.time() - fired.stat().st_mtime < 40
-    assert done.finish() == 1
+    done = torchrun(tmp_path / "out", 1, LONG, **faulty("1:0:control/experts:raise", once=fired))
+    assert fired.exists()
     assert said(done) == ["distbench: RANK_FAULT: rank 1 raised ValueError in control/experts: injected"]
 
 
 def test_refusal_during_a_pass_ends_all_ranks_and_names_its_rank(tmp_path: Path) -> None:
-    start = time.monotonic()
-    checked = ("--experts=aiter", "--emulate", "--max-dispatch-tokens-per-rank=64")
-    done = torchrun(tmp_path / "out", *checked, "--policy=unchecked", "--inject=weights-not-cut:rank=1")
-    assert done.finish() == 1
+    checked = (LONG, "--experts=aiter", "--emulate", "--max-dispatch-tokens-per-rank=64")
+    done = torchrun(tmp_path / "out", 1, *checked, "--policy=unchecked", "--inject=weights-not-cut:rank=1")
     place = "rank 1 raised DistbenchError in truncated/experts: aiter's fused_moe: topk_weight has 128 rows"
     assert [line.startswith(f"distbench: RANK_FAULT: {place}") for line in said(done)] == [True]
-    assert time.monotonic() - start < 40
 
 
 def test_invalid_value_under_torchrun_is_printed_once(tmp_path: Path) -> None:
-    done = torchrun(tmp_path / "out", "--seed=x")
+    done = torchrun(tmp_path / "out", 1, "--seed=x")
     assert said(done) == ["distbench: INVALID: --seed = 'x': allowed are whole numbers"]
 
 
@@ -181,7 +178,9 @@ def test_rank_changes_no_file_in_a_folder_that_another_bench_locks(tmp_path: Pat
         path.write_text("theirs")
     timeout_s = TIMEOUT_S * slowed()
     with hold(out, (), 0.0):
-        waiting = Torchrun(out, "run", "--model=tiny", f"--timeout={timeout_s}", "--lock-timeout=60")
+        waiting = Torchrun(
+            out, "run", "--model=tiny", f"--timeout={timeout_s}", "--lock-timeout=600", **{FRESH_RANKS: "1"}
+        )
         assert wait_until(lambda: waits_for_the_lock(waiting, out / ".lock"), 60)
         waited = time.monotonic()
         with Torchrun(out, "run", "--model=tiny") as refused:
