@@ -17,7 +17,7 @@ from typing import Any
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 300.0
 RankFunction = Callable[..., Any]
 
 

@@ -166,7 +166,7 @@ def test_ctrl_c_while_waiting_for_the_folder_lock_ends_the_bench(tmp_path: Path)
     with (out / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with Bench(out, "run", "--model=tiny", "--lock-timeout=60") as bench:
-            time.sleep(1)
+            assert wait_until(lambda: str(out / ".lock") in links(Path(f"/proc/{bench.process.pid}/fd")), 60)
             interrupt(bench, signal.SIGINT)
             assert bench.finish() == 130
     assert bench.stderr.splitlines()[-1].startswith("distbench: INTERRUPTED: ")

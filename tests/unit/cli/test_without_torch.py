@@ -30,7 +30,7 @@ BROKEN = "raise ImportError('libc10.so: cannot open shared object file')\n"
 def distbench(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environ = os.environ | {"PYTHONPATH": f"{site}:{ROOT}"}
     command = [sys.executable, "-m", "distbench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=500)
 
 
 @pytest.mark.parametrize(

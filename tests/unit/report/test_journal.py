@@ -174,7 +174,7 @@ def test_second_writer_waits_for_the_lock_of_the_first(tmp_path: Path) -> None:
     time.sleep(0.2)
     first.append(report(0))
     first.close()
-    second.join(5)
+    second.join()
     assert names(JournalReader(tmp_path)) == expected(2)
 
 

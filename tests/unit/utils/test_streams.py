@@ -26,7 +26,7 @@ RUN = ("run", "--model=tiny", "--nproc=1", "--tokens=2", "--max-dispatch-tokens-
 
 def distbench(*arguments: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "distbench", *arguments]
-    return subprocess.run(command, capture_output=True, env=os.environ | environ, cwd=ROOT, timeout=110, check=False)
+    return subprocess.run(command, capture_output=True, env=os.environ | environ, cwd=ROOT, timeout=500, check=False)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
