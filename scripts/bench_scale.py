@@ -30,10 +30,11 @@ import torch.distributed as dist
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.distributed.heartbeat import Heartbeat
-from distbench.distributed.session import SHARED_MEMORY, Session
+from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Verdict
 from distbench.launcher.agent import preload_ranks
 from distbench.pipeline import run_case as rank_module
+from distbench.utils.variables import SHARED_MEMORY
 from distbench.verify.gather import gather
 
 GROWTH_BOUND = 1.2

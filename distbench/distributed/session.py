@@ -23,10 +23,7 @@ from distbench.distributed.waits import collective, waiting
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.devices import runs_on_device
 from distbench.utils.process import usable_cores
-from distbench.utils.variables import switch
-
-SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
-"""Environment variable; 0 makes ranks of one host communicate as those of several hosts do."""
+from distbench.utils.variables import shares_memory
 
 # Just below the largest threshold that glibc adopts, 32 MiB.
 _KEPT_BYTES = (32 << 20) - (64 << 10)
@@ -76,7 +73,7 @@ class Session:
         backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"  # which takes both
         timeout = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s
-        self._sharing = switch(SHARED_MEMORY, environ.get(SHARED_MEMORY) or "1")
+        self._sharing = shares_memory(environ)
         with collective("group creation"):
             store, _, _ = next(rendezvous("env://", timeout=timeout))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)

@@ -31,6 +31,7 @@ from distbench.transport.mori.config import check_environment, heap_size, mori_w
 from distbench.transport.mori.emulated.quirks import parse_quirks
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold, interpreted
+from distbench.utils.variables import shares_memory
 from distbench.workload.routing_spec import (
     check_recorded_tensors,
     check_recorded_tokens,
@@ -49,11 +50,13 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     """Warnings about a valid case, in a launch of `local_ranks` on each node; None: all ranks are on one node.
 
     Raises:
-        InvalidCase: inputs that cannot be made, an unreadable kernel table, or a configuration that MoRI gets wrong.
+        InvalidCase: inputs that cannot be made, an unreadable kernel table, a configuration that MoRI gets wrong, or a
+            variable of distbench with another value than allowed.
         Unsupported: a package that the case needs is missing.
 
     """
     check_fit(case)
+    shares_memory(os.environ)
     _check_unused(case)
     if not any(case.tokens):  # no rank receives a row, which is known before a launch
         resolve_limit(case.limit, Traffic(case.tokens, (0,) * case.ep_size, case.capacity))

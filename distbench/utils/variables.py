@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from distbench.errors import InvalidCase
 
+SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
+"""0 makes ranks of one host communicate as those of several hosts do."""
 _MOST_DIGITS = 18
 
 
-def switch(name: str, text: str) -> bool:
-    """Whether the environment variable `name`, whose value is `text`, is 1 and not 0.
+def shares_memory(environ: Mapping[str, str]) -> bool:
+    """Whether ranks of one host may exchange rows through memory.
 
     Raises:
-        InvalidCase: another text; names the variable, its value and the fix.
+        InvalidCase: DISTBENCH_SHARED_MEMORY is neither 0 nor 1.
 
     """
+    text = environ.get(SHARED_MEMORY) or "1"
     if text not in ("0", "1"):
-        message = f"env:{name} = {text!r:.60}: allowed are 0 and 1; correct or unset it"
+        message = f"env:{SHARED_MEMORY} = {text!r:.60}: allowed are 0 and 1; correct or unset it"
         raise InvalidCase(message)
     return text == "1"
 

@@ -10,10 +10,11 @@ from distbench.cli.torchrun_rank import world_size
 from distbench.distributed.in_group import _launched_here
 from distbench.errors import InvalidCase
 from distbench.experts.aiter.package import check_settings
+from distbench.launcher.preflight import check_case
 from distbench.transport.deepep.package import Package
 from distbench.transport.mori.config import check_environment
 from distbench.utils.devices import compute_units
-from distbench.utils.variables import whole
+from distbench.utils.variables import SHARED_MEMORY, shares_memory, whole
 from tests.cases import tiny_case
 
 TORCHRUN = {
@@ -90,6 +91,14 @@ def test_ranks_of_the_host_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
     with pytest.raises(InvalidCase, match=r"env:LOCAL_WORLD_SIZE = .*whole numbers from 1 up"):
         _launched_here(2)
+
+
+@pytest.mark.parametrize("text", ["2", "off", "abc", " "])
+def test_switch_of_shared_memory_is_refused_before_a_rank_starts(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    assert [shares_memory({SHARED_MEMORY: one}) for one in ("", "1", "0")] == [True, True, False]
+    monkeypatch.setenv(SHARED_MEMORY, text)
+    with pytest.raises(InvalidCase, match=f"env:{SHARED_MEMORY} = '{text}': allowed are 0 and 1"):
+        check_case(tiny_case(2))
 
 
 def test_unset_and_empty_numbers_of_packages_are_their_defaults() -> None:
