@@ -1,7 +1,8 @@
 """A command run to its end in this process: what it said, its exit code and its results.
 
 Commands of one process share its torch and its fork server, whose imports are most of the cost of a tiny case. What a
-test says about the process of a command itself, as its signals, needs `launches.Bench`.
+test says about the process of a command itself, as its signals, needs `launches.Bench`. So do variables of a command,
+since ranks have those of their fork server: such a command runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import forkserver
 from pathlib import Path
 
 from distbench.cli.main import main
 from distbench.launcher.helper_processes import end_fork_server
-from tests.end_to_end.launches import ROOT, Outcome
+from tests.end_to_end.launches import ROOT, Bench, Outcome
 
 _OF_THIS_TEST = "PYTEST_CURRENT_TEST"
 _started: tuple[int | None, dict[str, str]] = (None, {})
@@ -27,13 +28,9 @@ class Run(Outcome):
 
     def __init__(self, out: Path, *arguments: str | Path, **environ: str) -> None:
         super().__init__(out)
-        stdout, stderr = io.StringIO(), io.StringIO()
-        command = [*map(str, arguments), "--out", str(out)]
         start = time.monotonic()
-        with _place(environ), redirect_stdout(stdout), redirect_stderr(stderr):
-            self.exit_code = main(command)
+        self.exit_code, self.stdout, self.stderr = _alone(out, arguments, environ) if environ else _here(out, arguments)
         self.seconds = time.monotonic() - start
-        self.stdout, self.stderr = stdout.getvalue(), stderr.getvalue()
 
     @property
     def last_line(self) -> str:
@@ -45,12 +42,23 @@ def tiny(out: Path, nproc: int, *arguments: str, **environ: str) -> Run:
     return Run(out, "run", "--nproc", str(nproc), "--model", "tiny", *arguments, **environ)
 
 
+def _alone(out: Path, arguments: Sequence[str | Path], environ: Mapping[str, str]) -> tuple[int, str, str]:
+    with Bench(out, *arguments, **environ) as bench:
+        return bench.finish(), bench.stdout, bench.stderr
+
+
+def _here(out: Path, arguments: Sequence[str | Path]) -> tuple[int, str, str]:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with _place(), redirect_stdout(stdout), redirect_stderr(stderr):
+        exit_code = main([*map(str, arguments), "--out", str(out)])
+    return exit_code, stdout.getvalue(), stderr.getvalue()
+
+
 @contextmanager
-def _place(environ: Mapping[str, str]) -> Iterator[None]:
-    """Run in the folder and with the variables of a command; ranks are forked by a server that has the same ones."""
+def _place() -> Iterator[None]:
+    """Run in the folder of a command; ranks are forked by a server that has the variables of this process."""
     global _started  # noqa: PLW0603 - there is one fork server in a process
     folder, before = Path.cwd(), dict(os.environ)
-    os.environ.update(environ)
     given = {name: value for name, value in os.environ.items() if name != _OF_THIS_TEST}
     if _started != (_server(), given):
         _end_server()
