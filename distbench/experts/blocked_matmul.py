@@ -97,7 +97,7 @@ class Weights:
         """Yield float64 [g, at most tile_k, N] of `experts`, one K block after another."""
         wide = self._by_block(tile_k)
         for block in self._weights.split(tile_k, dim=2) if wide is None else wide.unbind(1):
-            yield (block if experts.numel() == len(block) else block[experts]).double().transpose(1, 2)
+            yield (block if experts.numel() == len(block) else block.index_select(0, experts)).double().transpose(1, 2)
 
     def block_products(self, rows: Tensor, experts: Tensor, tile_k: int) -> Iterable[Tensor]:
         """Return the products of rows float32 [g, m, K] with `experts`, float32 [g, m, N], one K block after another.
@@ -108,7 +108,7 @@ class Weights:
         if wide is None:
             pairs = zip(rows.double().split(tile_k, dim=2), self.blocks(experts, tile_k), strict=True)
             return (torch.bmm(left, right).float() for left, right in pairs)
-        used = wide if experts.numel() == wide.shape[0] else wide[experts]
+        used = wide if experts.numel() == wide.shape[0] else wide.index_select(0, experts)
         count, blocks, _, inside = used.shape
         left = rows.unflatten(2, (blocks, inside)).transpose(1, 2)
         left = left.to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)

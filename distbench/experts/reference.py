@@ -11,6 +11,7 @@ per 128 columns of each row, in the format of the rows.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -100,7 +101,7 @@ class ReferenceExperts(Experts):
         live = min(int(given.num_local_tokens), given.rows)
         choice = self.selection(given.rows)
         columns = given.hidden.shape[1]
-        output = self._poisoned_output(given.hidden, dtype, given.rows)
+        output = self._poisoned_output(given.hidden, dtype, given.rows, live)
         step = max(_ROUTED_BYTES // (given.ids.shape[1] * columns * 4), 1)
         narrow = None if given.scales is None else given.hidden.dtype
         for start in range(0, live, step):
@@ -108,15 +109,16 @@ class ReferenceExperts(Experts):
             wide = self.steps.widen(given.hidden[part], None if given.scales is None else given.scales[part])
             routed = self._routes(wide, given.weights[part], given.ids[part], weights, choice, narrow)
             output[part] = self._reduce(routed, choice).to(dtype)
-        self._written = max(self._written, live)
         return output
 
-    def _poisoned_output(self, like: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+    def _poisoned_output(self, like: Tensor, dtype: torch.dtype, rows: int, live: int) -> Tensor:
+        """Return the output [rows, H], of which the caller writes the first `live` rows; the others are NaN."""
         if self._output is None or self._output.shape[0] < rows or self._output.dtype != dtype:
             self._output = like.new_full((rows, like.shape[1]), float("nan"), dtype=dtype)
-        else:
-            self._output[: self._written].fill_(float("nan"))
-        self._written = 0
+            self._written = 0
+        if self._written > live:
+            self._output[live : self._written].fill_(float("nan"))
+        self._written = live
         return self._output[:rows]
 
     def _routes(  # noqa: PLR0913 - a part of the input, and the kernel
@@ -133,7 +135,7 @@ class ReferenceExperts(Experts):
         flat_weights = routing_weights.flatten()
         routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
         local = local_experts(ids, self._local.of(weights.mask)).flatten()
-        for group in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8):
+        for group in grouped_routes(local, weights.w1.shape[0], weights.w1.shape[1:].numel() * 8):
             flat = group.routes.flatten()
             known = flat.clamp(max=group.total - 1)  # past an expert's last route any row will do
             rows = known.div(topk, rounding_mode="floor")
@@ -218,10 +220,14 @@ def grouped_routes(
         indices += experts
         for expert in experts:
             indices += routes[expert] + [total] * (rows - len(routes[expert]))
-    left = torch.tensor(indices, dtype=torch.int64, device=local.device)
+    if not indices:
+        return
+    left = torch.frombuffer(array("q", indices), dtype=torch.int64).to(local.device)  # a third of torch.tensor's time
     for experts in together:
         rows = _whole_fours(max(len(routes[expert]) for expert in experts))
-        chosen, padded, left = left.split([len(experts), len(experts) * rows, len(left) - len(experts) * (rows + 1)])
+        chosen, padded, left = left.split_with_sizes(
+            [len(experts), len(experts) * rows, left.shape[0] - len(experts) * (rows + 1)]
+        )
         run = slice(experts[0], experts[-1] + 1) if experts[-1] - experts[0] == len(experts) - 1 else None
         yield Group(chosen, padded.view(len(experts), rows), total, run)
 

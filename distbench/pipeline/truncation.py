@@ -31,8 +31,9 @@ def truncated(dispatched: Dispatched, limit: int) -> ExpertInput:
 def repadded(dispatched: Dispatched, limit: int) -> ExpertInput:
     """Rows cut to `limit` and padded back to R with poison, in place: the padded kernel on the rows kept by a cut."""
     total = int(dispatched.total_recv)
-    for buffer in dispatched.fields():
-        poison_(buffer[min(limit, total) : total])
+    if limit < total:
+        for buffer in dispatched.fields():
+            poison_(buffer[limit:total])
     return ExpertInput(
         hidden=dispatched.hidden,
         scales=dispatched.scales,

@@ -1,4 +1,4 @@
-"""The memory of a tensor of the CPU as bytes."""
+"""The memory of tensors of the CPU, as bytes and compared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ _PY_BUF_WRITE = 0x200
 _view = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.restype = ctypes.py_object
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_compare = ctypes.CDLL(None).memcmp
+_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -26,3 +28,16 @@ def memory_of(tensor: Tensor) -> memoryview:
     size = tensor.nbytes
     found: memoryview = _view(tensor.data_ptr(), size, _PY_BUF_WRITE) if size else memoryview(b"")
     return found
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool | None:
+    """Whether tensors of one shape and dtype hold the same bytes; None unless both are contiguous and of the CPU.
+
+    A comparison by torch takes three operations, two of them views as integers.
+    """
+    if not (one.is_cpu and other.is_cpu and one.is_contiguous() and other.is_contiguous()):
+        return None
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return None
+    same: int = _compare(one.data_ptr(), other.data_ptr(), one.nbytes)
+    return same == 0

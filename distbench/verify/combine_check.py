@@ -280,11 +280,11 @@ class CombineChecker:
             parts = given.rows.split(widths, dim=2)
             if rider is not None:
                 flags = [rider.arrive(Contributions(parts[-1], given.ranks))]
+            tokens = torch.arange(start, start + given.ranks.shape[0], device=given.ranks.device)
             for place, rows in enumerate(parts[: len(passes)]):
                 part = Contributions(workload.returned_rows(rows), given.ranks)
                 expected = added(part, self._order)
-                actual = passes[place].tokens[start : start + len(part.ranks)]
-                tokens = torch.arange(start, start + len(actual), device=actual.device)
+                actual = passes[place].tokens[start : start + tokens.shape[0]]
                 block = _Sample(tokens, part, actual, expected)
                 if same_bits(actual, expected):
                     examined[place].take_none(block)

@@ -65,13 +65,14 @@ class Yardstick:
         there = rms > 0
         self._scale = torch.where(there, rms, 1.0)
         self._signs = exact.sign()
-        self._elements = int(there.count_nonzero()) * exact.shape[1]
         error = ideal.rows.float() - exact
-        self._ideal_worst = _most(error.abs().amax(1) / self._most)
+        largest = error.abs().amax(1)
         error /= self._scale
-        self._bias = float((error * self._signs).sum(dtype=torch.float64))
-        self._drawn = float(error.square_().sum(dtype=torch.float64))
-        self._power, self._spread = self._expected(ideal)
+        bias = (error * self._signs).sum(dtype=torch.float64)
+        found = [there.count_nonzero(), _most(largest / self._most), bias, error.square_().sum(dtype=torch.float64)]
+        counted, self._ideal_worst, self._bias, self._drawn, *moments = _read(*found, *self._moments(ideal))
+        self._elements = int(counted) * exact.shape[1]
+        self._power, self._spread = self._expected(*moments)
         self._deviation = ideal.variance.mul(self._widening).sqrt_().mul_(_DEVIATION_SLACK)
 
     @property
@@ -79,18 +80,28 @@ class Yardstick:
         """What a variance is multiplied by, to bound that of any rounding."""
         return 1.0 if self._tokens_drawn else _ANY_ROUNDING
 
-    def _expected(self, ideal: Ideal) -> tuple[float, float]:
-        """Return the power that errors are held against, and how far a right kernel's is from the ideal's at most."""
+    def _moments(self, ideal: Ideal) -> list[Tensor]:
+        """Return sums of the variances, of their squares, of those of the reverse order, and of the most, and the peak.
+
+        The variances are those of errors as shares of their row's scale.
+        """
         squared = self._scale.square()
         variance = ideal.variance / squared
-        power = float(variance.sum(dtype=torch.float64))
+        reverse, most = (ideal.order / squared).double().unbind(1)
+        peak = variance.amax() if self.rows else variance.sum()
+        power, squares = (one.sum(dtype=torch.float64) for one in (variance, variance.square()))
+        return [power, squares, reverse.square().sum(), most.sum(), peak]
+
+    def _expected(self, power: float, squares: float, reverse: float, most: float, peak: float) -> tuple[float, float]:
+        """Return the power that errors are held against, and how far a right kernel's is from the ideal's at most.
+
+        The arguments are `_moments`.
+        """
         if not power:
             return self._drawn, 0.0
-        reverse, most = (ideal.order / squared).double().unbind(1)
-        squares = 4 * float(variance.square().sum(dtype=torch.float64)) + float(reverse.square().sum())
-        spread = self._sure * math.sqrt(squares) + self._sure**2 * float(variance.amax())
+        spread = self._sure * math.sqrt(4 * squares + reverse) + self._sure**2 * peak
         if self.rows < _FEW_ROWS:
-            spread += float(most.sum())
+            spread += most
         spread *= self._widening
         if spread > _FEW * power:
             return max(self._drawn, power), spread
@@ -109,7 +120,7 @@ class Yardstick:
     @cached_property
     def loosest(self) -> float:
         """The bound on the largest error of any of the rows, as a share of the row's largest magnitude."""
-        return _most(self._deviation.amax(1) * self._extreme / self._most) if self.rows else 0.0
+        return float(_most(self._deviation.amax(1) * self._extreme / self._most))
 
     @cached_property
     def _bounds(self) -> Tensor:
@@ -126,13 +137,15 @@ class Yardstick:
         error = actual.float() - self._exact
         size = error.abs()
         allowed = self._allowed()
-        if self.rows and not math.isfinite(float(size.amax())):
+        largest = size.amax(1)
+        error /= self._scale
+        sums = (error * self._signs).sum(dtype=torch.float64), error.square_().sum(dtype=torch.float64)
+        signed, power, *places = _read(*sums, *self._worst_row(size, largest))
+        if self.rows and not math.isfinite(places[0]):
             nan_rows = int((~size.isfinite().all(1)).sum())
             return Figures(self.rows, nan_rows, None, None, None, self._ideal_worst, allowed, within=False)
-        excess, worst, bound = self._worst(size)
-        error /= self._scale
-        bias = (float((error * self._signs).sum(dtype=torch.float64)) - self._bias) / math.sqrt(2 * self._power or 1.0)
-        power = float(error.square_().sum(dtype=torch.float64))
+        excess, worst, bound = self._worst(*places[1:]) if self.rows else (0.0, 0.0, 0.0)
+        bias = (signed - self._bias) / math.sqrt(2 * self._power or 1.0)
         ratio = math.sqrt(power / self._power) if self._power else (1.0 if power == 0 else math.inf)
         allowed["worst"] = bound
         within = allowed["ratio_low"] <= ratio <= allowed["ratio_high"] and abs(bias) <= allowed["bias"] and excess <= 1
@@ -153,19 +166,27 @@ class Yardstick:
             "worst": 0.0,
         }
 
-    def _worst(self, size: Tensor) -> tuple[float, float, float]:
-        """Return the largest share of a row's bound that an error takes, that row's largest error, and its bound.
+    def _worst_row(self, size: Tensor, largest: Tensor) -> list[Tensor]:
+        """Return the largest error of all, and the row whose errors take the largest share of their bounds.
 
-        Error and bound are shares of the row's largest magnitude; `size` are the errors' magnitudes, all finite.
+        For that row, its number, the share, its largest error and its largest magnitude. `size` [n, H] are the errors'
+        magnitudes, `largest` [n] those of rows.
         """
         if not self.rows:
-            return 0.0, 0.0, 0.0
-        bounds = self._bounds
-        taken = (size / bounds).nan_to_num_(0.0, posinf=math.inf).amax(1)  # no error is no share of a bound of 0
-        row = int(taken.argmax())
-        excess, most = float(taken[row]), float(size[row].amax())
-        share = most / float(self._most[row]) if float(self._most[row]) else (0.0 if most == 0 else math.inf)
-        bound = share / excess if 0 < excess < math.inf else float(bounds[row].amax() / self._most[row])
+            return []
+        taken = (size / self._bounds).nan_to_num_(0.0, posinf=math.inf).amax(1)  # no error is no share of a bound of 0
+        row = taken.argmax()
+        place = row.view(1)
+        return [largest.amax(), row, *(part.index_select(0, place).squeeze(0) for part in (taken, largest, self._most))]
+
+    def _worst(self, row: float, excess: float, most: float, magnitude: float) -> tuple[float, float, float]:
+        """Return the share of its bound that the worst row's errors take, its largest error, and its bound.
+
+        Error and bound are shares of the row's largest magnitude; the arguments are of `_worst_row`.
+        """
+        share = most / magnitude if magnitude else (0.0 if most == 0 else math.inf)
+        place = int(row)
+        bound = share / excess if 0 < excess < math.inf else float(self._bounds[place].amax() / self._most[place])
         return excess, share, bound if math.isfinite(bound) else 0.0
 
 
@@ -173,6 +194,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _most(shares: Tensor) -> float:
-    """Return the largest of shares [n], ignoring rows of zeros."""
-    return float(shares.nan_to_num(0.0, posinf=0.0).amax()) if len(shares) else 0.0
+def _most(shares: Tensor) -> Tensor:
+    """Return the largest of shares [n], ignoring rows of zeros; 0 for no row."""
+    shares = shares.nan_to_num(0.0, posinf=0.0)
+    return shares.amax() if shares.shape[0] else shares.sum()
+
+
+def _read(*numbers: Tensor) -> list[float]:
+    """Return tensors of one number each as numbers; the host waits for a device once, not for each."""
+    if numbers[0].is_cpu:
+        return [float(one) for one in numbers]
+    found: list[float] = torch.stack([one.double() for one in numbers]).tolist()
+    return found

@@ -92,5 +92,5 @@ def sample_size(workload: Workload, weights: ExpertWeights) -> int:
     """Return the number of sampled tokens: hundreds, fewer where a CPU would take seconds."""
     if workload.device.type != "cpu":
         return _MOST_TOKENS
-    operations = 8 * workload.group.topk * (weights.w1[0].numel() + weights.w2[0].numel())
+    operations = 8 * workload.group.topk * (weights.w1.shape[1:].numel() + weights.w2.shape[1:].numel())
     return max(min(int(_CPU_OPERATIONS / operations), _MOST_ON_CPU), _LEAST_TOKENS)

@@ -127,7 +127,7 @@ def ideal_rows(
     ]
     local = local_experts(batch.ids, local_rows(weights.mask)).flatten()
     memory = WEIGHT_BYTES if hidden.device.type == "cpu" else _WEIGHT_BYTES_ON_DEVICE
-    for group in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8, memory):
+    for group in grouped_routes(local, weights.w1.shape[0], weights.w1.shape[1:].numel() * 8, memory):
         experts, routes = group.experts, group.routes
         flat = routes.flatten()
         rows = flat.div(topk, rounding_mode="floor")

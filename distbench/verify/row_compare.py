@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from distbench.utils.tensor_memory import same_memory
 from distbench.verify.records import NO_DIFFERENCE, Divergence, RowComparison
 from distbench.workload.chunking import rows_at_a_time
 
@@ -24,7 +25,8 @@ def integer_view(tensor: Tensor) -> Tensor:
 
 def same_bits(actual: Tensor, expected: Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bits."""
-    return torch.equal(*_words(actual, expected))
+    same = same_memory(actual, expected)
+    return torch.equal(*_words(actual, expected)) if same is None else same
 
 
 def same_bits_each(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:

@@ -513,7 +513,7 @@ def _cut_alike(given: ExpertInput) -> bool:
 
 def _slots_within(order: Tensor, count: int) -> Tensor:
     """Return the slots `order`, a permutation [m], clamped to the first `count`."""
-    return order if len(order) <= count else order.clamp(max=count - 1)
+    return order if order.shape[0] <= count else order.clamp(max=count - 1)
 
 
 def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:

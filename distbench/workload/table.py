@@ -33,8 +33,7 @@ class Span(NamedTuple):
         """Return the rows of some ranks' tokens, int64 [m] each; None without tokens, or where the table lacks one."""
         if not ranks.numel():
             return None
-        bounds = [*ranks.aminmax(), *tokens.aminmax()]
-        first_rank, last_rank, first, last = map(int, bounds)
+        (first_rank, first), (last_rank, last) = (one.tolist() for one in torch.stack([ranks, tokens]).aminmax(dim=1))
         if min(first_rank, first) < 0 or last_rank >= self.ranks or last >= self.tokens:
             return None
         return ranks * self.tokens + tokens

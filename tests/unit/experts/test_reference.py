@@ -1,10 +1,14 @@
-"""Grouping of routes in the reference experts."""
+"""The reference experts: grouping of routes, and rows of an earlier call."""
 
 from __future__ import annotations
 
 import torch
 
+from distbench.experts import make_experts
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.reference import grouped_routes, local_experts, local_rows
+from distbench.pipeline.inputs import workload_for
+from tests.cases import tiny_case
 
 
 def test_routes_are_grouped_by_local_expert_in_row_order() -> None:
@@ -22,3 +26,15 @@ def test_routes_are_grouped_by_local_expert_in_row_order() -> None:
     apart, *_ = grouped_routes(torch.tensor([2, 0, 2]), 3, 1)
     assert (apart.experts.tolist(), apart.run) == ([0, 2], None)
     assert list(grouped_routes(torch.full((4,), -1), 3, 1)) == []
+
+
+def test_rows_that_a_call_does_not_write_are_nan_whatever_the_call_before_wrote() -> None:
+    case = tiny_case(1, tokens=(9,))
+    workload = workload_for(case, torch.device("cpu"))
+    batch, mask = workload.tokens(0), torch.ones(case.num_experts, dtype=torch.int32)
+    weights, experts = ExpertWeights(*workload.local_weights(0), mask), make_experts(case)
+    with torch.inference_mode():
+        for live in (3, 9, 5, 0, 7):
+            count = torch.tensor([live], dtype=torch.int32)
+            made = experts(ExpertInput(batch.hidden, None, batch.weights, batch.ids, count), weights)
+            assert made.isnan().all(1).tolist() == [row >= live for row in range(9)]

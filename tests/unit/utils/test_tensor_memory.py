@@ -1,11 +1,13 @@
-"""The memory of a tensor as bytes."""
+"""The memory of tensors as bytes, and compared."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
-from distbench.utils.tensor_memory import memory_of
+from distbench.utils.tensor_memory import memory_of, same_memory
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.int64, torch.float8_e4m3fn])
@@ -26,3 +28,27 @@ def test_memory_of_no_element_is_empty() -> None:
 def test_memory_that_is_not_contiguous_or_not_of_the_cpu_is_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="not contiguous memory of the CPU"):
         memory_of(tensor)
+
+
+def test_memory_is_compared_as_bits_not_as_values() -> None:
+    rows = torch.tensor([[0.0, 1.0], [math.nan, 2.0]])
+    assert same_memory(rows, rows.clone()) is True
+    assert same_memory(rows, rows.flip(0).flip(0)) is True
+    assert same_memory(rows, torch.tensor([[-0.0, 1.0], [math.nan, 2.0]])) is False
+    assert same_memory(rows[1:], torch.tensor([[math.nan, 3.0]])) is False
+    assert same_memory(rows[:0], torch.empty(0, 2)) is True
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(2, 4)[:, ::2],
+        torch.zeros(2, 2).t(),
+        torch.zeros(4),
+        torch.zeros(2, 2).int(),
+        torch.zeros(2, 2, device="meta"),
+    ],
+)
+def test_memory_of_another_form_is_not_compared(other: torch.Tensor) -> None:
+    assert same_memory(torch.zeros(2, 2), other) is None
+    assert same_memory(other, torch.zeros(2, 2)) is None
