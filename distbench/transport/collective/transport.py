@@ -7,6 +7,7 @@ Rows are ordered by peer rank and token, own rows last.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ from distbench.transport.collective.rows import TorchRows
 from distbench.transport.sum_order import SumOrder
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
+
+
+# Routes that are kept: arms of one case send the same tokens as they are, and one place further.
+_ROUTES = 2
 
 
 class _Slots(NamedTuple):
@@ -74,8 +79,8 @@ class CollectiveTransport(Transport):
         self.sum_order = SumOrder()
         self.facts: dict[str, Any] = {"kernel": exchange.name, "rows": self.mover.name}
         self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled, kinds=kinds)
-        self._route: Route | None = None
-        self._adding: _Slots | None = None
+        self._routes: deque[Route] = deque(maxlen=_ROUTES)
+        self._adding: deque[tuple[Route, _Slots]] = deque(maxlen=_ROUTES)
         self._plan: DispatchState | None = None
         self._batch: TokenBatch | None = None
         self._fields: list[Tensor] = []
@@ -96,7 +101,7 @@ class CollectiveTransport(Transport):
             DistbenchError: the ids' row counts differ from the agreed routing.
         """
         mover = self.mover
-        route = self._route = self._route_of(batch.ids)
+        route = self._route_of(batch.ids)
         plan = self._plan = DispatchState(route, *self._arrivals.next())
         parts = self._fields_of(batch)
         mover.leave(parts, route)
@@ -172,8 +177,9 @@ class CollectiveTransport(Transport):
         return (ids is known.given and self._device.type != "cpu") or torch.equal(known.ids, ids)
 
     def _route_of(self, ids: Tensor) -> Route:
-        if self._route is not None and self._is_known(self._route, ids):
-            return self._route
+        for known in self._routes:
+            if self._is_known(known, ids):
+                return known
         geometry, traffic, layout = self._geometry, self._traffic, self._layout
         going = destinations(ids, geometry.num_experts // geometry.ep_size, geometry.ep_size)
         self._check_counts(going.sum(0).tolist())
@@ -190,8 +196,8 @@ class CollectiveTransport(Transport):
         lanes = lanes_of(layout, self._buffers, outgoing, incoming, arriving)
         received = incoming, incoming[:arriving], numbers[:, 0], numbers[:arriving, 0]
         route = Route(ids, ids.clone(), leaving, staying, position, outgoing, *received, lanes)
-        self._adding = None
         poison_(route.peers_numbers)
+        self._routes.append(route)
         return route
 
     def _check_counts(self, asked: list[int]) -> None:
@@ -233,8 +239,9 @@ class CollectiveTransport(Transport):
         return plan
 
     def _slots_of(self, ids: Tensor, route: Route) -> _Slots:
-        if self._adding is not None and self._is_known(self._adding, ids):
-            return self._adding
+        for way, known in self._adding:
+            if way is route and self._is_known(known, ids):
+                return known
         geometry = self._geometry
         owner = ids.long().div(geometry.num_experts // geometry.ep_size, rounding_mode="floor")
         valid = (ids >= 0) & (owner < geometry.ep_size)
@@ -243,8 +250,9 @@ class CollectiveTransport(Transport):
         rows = route.position.gather(1, owner.clamp(0, geometry.ep_size - 1))
         rows = torch.where(counted, rows, self._traffic.total_sent + 1)
         first = (~counted).to(torch.uint8).argsort(dim=1, stable=True)[:, : geometry.ep_size]
-        self._adding = _Slots(ids, ids.clone(), rows.gather(1, first))
-        return self._adding
+        slots = _Slots(ids, ids.clone(), rows.gather(1, first))
+        self._adding.append((route, slots))
+        return slots
 
 
 def make_mover(traffic: RowCounts, device: torch.device) -> Mover:
