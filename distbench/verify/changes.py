@@ -74,11 +74,16 @@ class Looks:
         )
 
     def late(self, right: Sequence[Tensor], order: Tensor) -> Tensor:
-        """Return the rows [m] that did not hold the content of `right`, fields [m, .], when dispatch returned."""
-        if len(order) != self._rows or not self._arrived:
-            return torch.zeros_like(order, dtype=torch.bool)
-        pairs = zip(self._arrived, right, strict=True)
-        return torch.stack([digests[order] != _digests(rows) for digests, rows in pairs]).any(0)
+        """Return the rows [m] that did not hold the content of `right`, fields [m, .], when dispatch returned.
+
+        Rows past the end of a buffer that is too small were never seen.
+        """
+        late = torch.zeros_like(order, dtype=torch.bool)
+        if len(order) == self._rows and self._arrived:
+            seen = order < min(map(len, self._arrived))
+            pairs = zip(self._arrived, right, strict=True)
+            late[seen] = torch.stack([digests[order[seen]] != _digests(rows[seen]) for digests, rows in pairs]).any(0)
+        return late
 
     def _seen(self, fields: Sequence[Tensor]) -> list[Tensor]:
         return [_digests(part[: self._rows]) for part in fields]

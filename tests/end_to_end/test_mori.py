@@ -103,16 +103,16 @@ UNGUARDED: dict[str, tuple[dict[str, Any], str, str]] = {
         "RANK_FAULT",
         "ended by SIGABRT in padded/dispatch",
     ),
-    "received once": ({"mori_habits": "stale-receive"}, "PASS", ""),
-    "pushed once": ({"mori_habits": "stale-push"}, "PASS", ""),
-    "written once": ({"mori_habits": "stale-output"}, "PASS", ""),
+    "received once": ({"mori_habits": "stale-receive"}, "CORRUPT", "control"),
+    "pushed once": ({"mori_habits": "stale-push"}, "CORRUPT", "control"),
+    "written once": ({"mori_habits": "stale-output"}, "CORRUPT", "control"),
     "no barrier after construction": (LATE, "HANG", "rank 1"),
 }
 
 
 def test_each_mori_habit_without_guards_ends_in_its_verdict(tmp_path: Path) -> None:
-    defaults = {"model": "tiny", "transport": "mori", "emulate": True, "max_dispatch_tokens_per_rank": 64}
-    defaults["numerics"] = "exact"  # the second kind of inputs would show what is moved once only
+    parts = {"transport": "mori", "emulate": True, "max_dispatch_tokens_per_rank": 64}
+    defaults = {"model": "tiny", "numerics": "exact"} | parts
     cases = [{"name": name, "expect": verdict} | values for name, (values, verdict, _) in UNGUARDED.items()]
     suite = tmp_path / "quirks.json"
     suite.write_text(json.dumps({"defaults": defaults, "include": cases}))

@@ -1,4 +1,4 @@
-"""Weights that experts overwrite."""
+"""Weights that experts overwrite, and rows that come late."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from distbench.experts.base import ExpertWeights
-from distbench.verify.changes import WeightsWatch, words_of
+from distbench.transport.base import Dispatched
+from distbench.verify.changes import Looks, WeightsWatch, words_of
 
 
 def weights() -> ExpertWeights:
@@ -39,3 +40,13 @@ def test_words_divide_a_row_wherever_it_begins(columns: int, word: torch.dtype) 
     assert words_of(rows).dtype is word
     assert torch.equal(words_of(moved), words_of(rows))
     assert torch.equal(words_of(rows.t().contiguous().t()), words_of(rows))
+
+
+def test_rows_past_a_buffer_that_is_too_small_did_not_come_late() -> None:
+    right = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
+    looks = Looks(4)
+    buffer = right[:3].clone()
+    buffer[1] = 0
+    looks.arrived(Dispatched(buffer, None, buffer, buffer, torch.tensor([4])))
+    late = looks.late([right] * 3, torch.arange(4))
+    assert late.tolist() == [False, True, False, False]
