@@ -27,7 +27,6 @@ from distbench.transport.sum_order import SumOrder
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
-
 # Routes that are kept: arms of one case send the same tokens as they are, and one place further.
 _ROUTES = 2
 
