@@ -12,19 +12,19 @@ from distbench.case.stages import Arm, Stage
 from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.transport.base import Dispatched
 from distbench.verify.records import Divergence, Evidence
-from distbench.verify.row_compare import row_digests
+from distbench.verify.row_compare import word_digests
 
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 OVERWRITTEN = "overwritten by the experts"
 
 
 def words_of(rows: Tensor) -> Tensor:
-    """Return rows [..., c] as the widest words that divide a row, [n, w]; a copy only where they are not in order."""
-    flat = rows.contiguous().flatten(0, -2)
-    size = flat.shape[1] * flat.element_size()
+    """Return rows [n, c] as the widest words that divide a row, [n, w]; a copy only where they are not in order."""
+    size = rows.shape[1] * rows.element_size()
     word = next(word for word in _WORDS if size % word.itemsize == 0)
-    aligned = flat if flat.storage_offset() * flat.element_size() % word.itemsize == 0 else flat.clone()
-    return aligned.view(word)
+    if not rows.is_contiguous() or rows.storage_offset() * rows.element_size() % word.itemsize:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(word)
 
 
 class Touched(NamedTuple):
@@ -97,7 +97,7 @@ class Looks:
 
 
 def _digests(rows: Tensor) -> Tensor:
-    return row_digests(words_of(rows))[:, 0]
+    return word_digests(words_of(rows))
 
 
 def _differing(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor | None:
@@ -114,32 +114,32 @@ class WeightsWatch:
     def __init__(self, weights: ExpertWeights, rank: int) -> None:
         """Keep sums of the weights as they are given to the experts."""
         self._weights, self._rank = weights, rank
-        self._given = self._sums()
+        self._given = self._held()
 
     def changed(self) -> Divergence | None:
         """Return a divergence of the first tensor that differs from what was given, of the padded arm: any may have."""
-        for name, now in self._sums().items():
-            rows = int((now != self._given[name]).sum())
-            if rows:
+        for name, now in self._held().items():
+            changed = int((now != self._given[name]).sum())
+            if changed:
                 return Divergence(
                     stage=Stage.EXPERTS,
                     arm=Arm.PADDED,
                     rank=self._rank,
                     field=name,
                     against="what the experts were given, after all arms,",
-                    rows=rows,
+                    rows=changed,
                     evidence=Evidence(pattern=f"{name} {OVERWRITTEN}", fields=[name]),
                 )
         return None
 
-    def _sums(self) -> dict[str, Tensor]:
-        """Return the sums of each row's words, by tensor: one read of all bytes, without a copy.
+    def _held(self) -> dict[str, Tensor]:
+        """Return the sums of each expert's words, by tensor, and each word of the mask: one read, without a copy.
 
-        No change of a single word is lost; changes of a row that cancel each other out are.
+        No change of a single word is lost; changes of an expert that cancel each other out are.
         """
         held = self._weights._asdict()
         return {
-            name: words_of(part if part.dim() > 1 else part.unsqueeze(1)).sum(1, dtype=torch.int64)
+            name: words_of(part.flatten(1) if part.dim() > 1 else part.unsqueeze(1)).sum(1, dtype=torch.int64)
             for name, part in held.items()
             if part is not None
         }

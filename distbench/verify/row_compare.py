@@ -72,11 +72,20 @@ def row_digests(rows: Tensor) -> Tensor:
     Multilinear hashing over the row's integer words with odd 64-bit keys (Carter and Wegman; Lemire and Kaser,
     "Strongly universal string hashing is fast"): changing one element of a row always changes its digest.
     """
-    words, keys = integer_view(rows).unsqueeze(1), _digest_keys(rows.shape[1]).to(rows.device)
+    words, keys = integer_view(rows).unsqueeze(1), _digest_keys(rows.shape[1], rows.device)
     step = rows_at_a_time(_DIGEST_CHUNK_BYTES, rows.shape[1] * 16, rows.device)
     if len(rows) <= step:
         return (words * keys).sum(2)
     return torch.cat([(part * keys).sum(2) for part in words.split(step)])
+
+
+def word_digests(words: Tensor) -> Tensor:
+    """Return a 64-bit digest of each row of integer words [n, w], int64 [n]: the first of `row_digests`."""
+    keys = _digest_keys(words.shape[1], words.device)[0]
+    step = rows_at_a_time(_DIGEST_CHUNK_BYTES, words.shape[1] * 8, words.device)
+    if len(words) <= step:
+        return (words * keys).sum(1)
+    return torch.cat([(part * keys).sum(1) for part in words.split(step)])
 
 
 def tensor_digest(digests: Tensor) -> str:
@@ -85,11 +94,11 @@ def tensor_digest(digests: Tensor) -> str:
     return hashlib.sha256(content.data).hexdigest()[:32]
 
 
-@lru_cache(maxsize=8)
-def _digest_keys(columns: int) -> Tensor:
+@lru_cache(maxsize=16)
+def _digest_keys(columns: int, device: torch.device) -> Tensor:
     content = hashlib.shake_256(b"distbench/digest").digest(16 * columns)
     keys = torch.frombuffer(bytearray(content), dtype=torch.int64) | 1
-    return keys.view(2, columns)
+    return keys.view(2, columns).to(device)
 
 
 def _ordered(values: Tensor) -> Tensor:
