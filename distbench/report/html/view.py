@@ -58,7 +58,7 @@ class Pictured(CaseView, frozen=True, kw_only=True):
     rate: RateReport | None = None
     sent: SentRows | None = None
     differing: DifferingReport | None = None
-    caller: CallerReport | None = None
+    caller: CallerReport | msgspec.UnsetType = msgspec.UNSET
 
 
 def pictured(raw: bytes) -> Pictured:
